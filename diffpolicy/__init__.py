@@ -1,0 +1,3 @@
+"""diffpolicy: robot action chunks by diffusion."""
+
+__version__ = "0.1.0"
