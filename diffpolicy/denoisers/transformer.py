@@ -1,0 +1,222 @@
+"""The Transformer denoiser of Diffusion Policy: a causal decoder over actions that looks at time and observations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..spec import Condition, ConditionSpec
+from .embedding import check_chunk, check_embedding_dim, sinusoidal_embedding
+
+INIT_STD = 0.02
+"""Spread of the initial weights, GPT-2's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Choices of DiffusionTransformer; the defaults are the recipe for Push-T from states."""
+
+    width: int = 256
+    """Numbers in one token inside the network."""
+    depth: int = 8
+    """Decoder layers."""
+    num_heads: int = 4
+    """Attention heads; must divide width."""
+    num_cond_layers: int = 0
+    """Self-attention layers over the condition's tokens; 0: an MLP on each token alone."""
+    dropout: float = 0.01
+    """On attention weights and on each residual branch, in training."""
+    embedding_dropout: float = 0.0
+    """On tokens as they enter, in training."""
+    causal: bool = True
+    """Actions see earlier actions, and observations no later than themselves; False: everything sees everything."""
+
+    def __post_init__(self):
+        check_embedding_dim("denoiser.width", self.width)
+        if self.num_heads < 1 or self.width % self.num_heads:
+            raise ValueError(f"denoiser.num_heads must divide denoiser.width = {self.width}, got {self.num_heads}")
+        if self.depth < 1:
+            raise ValueError(f"denoiser.depth must be at least 1, got {self.depth}")
+        if self.num_cond_layers < 0:
+            raise ValueError(f"denoiser.num_cond_layers must be at least 0, got {self.num_cond_layers}")
+        for name in ("dropout", "embedding_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"denoiser.{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+def causal_mask(pred_horizon: int) -> Tensor:
+    """Action t sees actions s <= t, as numbers to add to the attention: 0 may look, -inf may not; (T_pred, T_pred)."""
+    may_look = torch.ones(pred_horizon, pred_horizon, dtype=torch.bool).tril()
+    return torch.zeros(pred_horizon, pred_horizon).masked_fill(~may_look, float("-inf"))
+
+
+def memory_mask(pred_horizon: int, num_tokens: int) -> Tensor:
+    """Action t sees the diffusion time, and observation s - 1 where t >= s - 1; (T_pred, 1 + L), to be added.
+
+        L = 2     time  obs 0  obs 1
+        action 0    0     0     -inf
+        action 1    0     0      0
+    """
+    t = torch.arange(pred_horizon)[:, None]
+    s = torch.arange(1 + num_tokens)[None, :]  # token 0 is the diffusion time
+    return torch.zeros(pred_horizon, 1 + num_tokens).masked_fill(t < s - 1, float("-inf"))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with the parameter names of nn.MultiheadAttention.
+
+    Ours, because PyTorch's Transformer layers look into their masks at run time, which torch.export cannot follow.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * config.width, config.width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * config.width))
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+        """Each token of x (B, T, W) looks at memory (B, S, W) through mask (T, S) -> (B, T, W)."""
+        width = x.shape[-1]
+        if x is memory:
+            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            q_weight, kv_weight = self.in_proj_weight.split([width, 2 * width])
+            q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
+            q = F.linear(x, q_weight, q_bias)
+            k, v = F.linear(memory, kv_weight, kv_bias).chunk(2, dim=-1)
+        # (B, heads, T or S, W / heads)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out_proj(out.transpose(1, 2).flatten(-2))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then an MLP, each after its own norm and around a skip."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.linear1 = nn.Linear(config.width, 4 * config.width)
+        self.linear2 = nn.Linear(4 * config.width, config.width)
+        self.norm1 = nn.LayerNorm(config.width)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.dropout(self.self_attn(y, y, None))
+        y = self.dropout(F.gelu(self.linear1(self.norm2(x))))
+        return x + self.dropout(self.linear2(y))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, attention to the condition, then an MLP, each after its own norm and around a skip."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.multihead_attn = Attention(config)
+        self.linear1 = nn.Linear(config.width, 4 * config.width)
+        self.linear2 = nn.Linear(4 * config.width, config.width)
+        self.norm1 = nn.LayerNorm(config.width)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.norm3 = nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None, memory_mask: Tensor | None) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.dropout(self.self_attn(y, y, mask))
+        x = x + self.dropout(self.multihead_attn(self.norm2(x), memory, memory_mask))
+        y = self.dropout(F.gelu(self.linear1(self.norm3(x))))
+        return x + self.dropout(self.linear2(y))
+
+
+class LayerStack(nn.Module):
+    """Layers under the key `layers`, where PyTorch's own stacks keep them."""
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, *rest)
+        return x
+
+
+class DiffusionTransformer(nn.Module):
+    """One token per action; diffusion time and observed frames are the tokens it attends to.
+
+    Chi et al. 2023, arXiv:2303.04137, section IV-A. Same numbers, initial spread and state-dict keys as the authors'
+    TransformerForDiffusion with time and observations as condition, so that their checkpoints load. The condition's
+    tokens are used, its global vector is not.
+    """
+
+    def __init__(self, config: TransformerConfig, *, action_dim: int, pred_horizon: int, cond: ConditionSpec):
+        super().__init__()
+        if cond.num_tokens < 1:
+            raise ValueError(
+                f"denoiser.name=transformer attends to the encoder's tokens and needs at least 1, "
+                f"got {cond.num_tokens}; choose an encoder with tokens or denoiser.name=unet"
+            )
+        self.action_dim = action_dim
+        self.pred_horizon = pred_horizon
+        self.width = width = config.width
+        self.input_emb = nn.Linear(action_dim, width)
+        self.pos_emb = nn.Parameter(torch.empty(1, pred_horizon, width))
+        self.cond_obs_emb = nn.Linear(cond.token_dim, width)
+        self.cond_pos_emb = nn.Parameter(torch.empty(1, 1 + cond.num_tokens, width))
+        self.drop = nn.Dropout(config.embedding_dropout)
+        if config.num_cond_layers:
+            self.encoder = LayerStack([EncoderLayer(config) for _ in range(config.num_cond_layers)])
+        else:
+            self.encoder = nn.Sequential(nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
+        self.decoder = LayerStack([DecoderLayer(config) for _ in range(config.depth)])
+        self.ln_f = nn.LayerNorm(width)
+        self.head = nn.Linear(width, action_dim)
+        # Buffers, as in the reference's checkpoints; None where nothing is masked.
+        self.register_buffer("mask", causal_mask(pred_horizon) if config.causal else None)
+        self.register_buffer("memory_mask", memory_mask(pred_horizon, cond.num_tokens) if config.causal else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights and positions N(0, .02), biases 0; norms keep PyTorch's 1 and 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=INIT_STD)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, Attention):
+                nn.init.normal_(module.in_proj_weight, std=INIT_STD)
+        nn.init.normal_(self.pos_emb, std=INIT_STD)
+        nn.init.normal_(self.cond_pos_emb, std=INIT_STD)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay: biases, norms and positions, as in the reference."""
+        norms = {name for name, module in self.named_modules() if isinstance(module, nn.LayerNorm)}
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if name.endswith("bias") or name.rpartition(".")[0] in norms or name in ("pos_emb", "cond_pos_emb")
+        }
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """What the network was trained to predict, in the shape of x_t.
+
+        Args:
+            x_t: noisy chunk, (B, T_pred, D_act).
+            t: network time, (B,).
+            condition: its tokens (B, L, D_token) are used.
+        """
+        check_chunk(x_t, t, self.pred_horizon, self.action_dim)
+        time_token = sinusoidal_embedding(t.to(x_t.dtype), self.width).unsqueeze(1)  # (B, 1, W)
+        tokens = torch.cat([time_token, self.cond_obs_emb(condition.tokens)], dim=1)  # (B, 1+L, W)
+        memory = self.encoder(self.drop(tokens + self.cond_pos_emb))
+        x = self.drop(self.input_emb(x_t) + self.pos_emb)  # (B, T_pred, W)
+        x = self.decoder(x, memory, self.mask, self.memory_mask)
+        return self.head(self.ln_f(x))  # (B, T_pred, D_act)
