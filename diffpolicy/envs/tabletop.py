@@ -1,14 +1,13 @@
 """A table seen from above: a round pusher, coloured blocks, coloured zones, and a post to be passed left or right.
 
-    y = 0  +---------------------------+   All lengths are in pixels of a 512 x 512 table: x to the right, y down.
-           |   (zone)         (zone)   |   The task in words: "push the red block to the green zone".
-           |                           |   The post stands between the pusher's start and the blocks, so that every
-           |      [block]  [block]     |   start has two good ways, and a policy that averages them runs into it.
-           |             _             |
-           |            ( )  post      |   The dashed rail in pictures stops blocks and lets the pusher through: it can
-           |             "             |   always get behind a block, so that no block is ever lost at an edge.
-           |             o  pusher     |
-    y = 512+---------------------------+
+    y = 0   +--------------------------+   All lengths are pixels of a 512 x 512 table: x to the right, y down.
+            |  .--------------------.  |   The task in words: "push the red block to the green zone".
+            |  : (zone)      (zone) :  |   The post stands between the pusher's start and the blocks, so that every
+            |  :                    :  |   start has two good ways, and a policy that averages them runs into it.
+            |  :   [block] [block]  :  |   The rail (dotted here, a thin line in pictures) stops blocks but not the
+            |  :         ( ) post   :  |   pusher, which can therefore always get behind a block: none is ever lost
+            |  '----------o---------'  |   at an edge.
+    y = 512 +--------------------------+   o: the pusher
 
 The physics is quasi-static, as in Push-T (Chi et al. 2023, arXiv:2303.04137): a block moves only while it is pushed.
 """
@@ -131,16 +130,18 @@ class TabletopEnv(RobotEnv):
             *(f"{z}_zone_{n}" for z in self.zone_names for n in "xy"),
             "post_x", "post_y", "asked_block", "asked_zone", "start_distance",
         )  # fmt: skip
-        self.environment_state_names = (
-            *(f"{b}_block_{n}" for b in self.block_names for n in ("x", "y", "cos", "sin")),
-            *(f"{z}_zone_{n}" for z in self.zone_names for n in "xy"),
-            "post_x", "post_y",
-        )  # fmt: skip
-        self.goal_names = ("asked_block_x", "asked_block_y", "asked_zone_x", "asked_zone_y")
+        self.observation_names = {
+            STATE: ("pusher_x", "pusher_y"),
+            ENVIRONMENT_STATE: (
+                *(f"{b}_block_{n}" for b in self.block_names for n in ("x", "y", "cos", "sin")),
+                *(f"{z}_zone_{n}" for z in self.zone_names for n in "xy"),
+                "post_x", "post_y",
+            ),
+            GOAL: ("asked_block_x", "asked_block_y", "asked_zone_x", "asked_zone_y"),
+        }  # fmt: skip
 
-        num_objects = len(self.environment_state_names)
-        spaces = {STATE: (2,), ENVIRONMENT_STATE: (num_objects,), GOAL: (4,)}
-        box = {key: gym.spaces.Box(-np.inf, np.inf, shape, np.float32) for key, shape in spaces.items()}
+        shapes = {key: (len(names),) for key, names in self.observation_names.items()}
+        box = {key: gym.spaces.Box(-np.inf, np.inf, shape, np.float32) for key, shape in shapes.items()}
         if config.pixels:
             box[TOP_CAMERA] = gym.spaces.Box(0, 255, (config.image_size, config.image_size, 3), np.uint8)
         self.observation_space = gym.spaces.Dict(box)
