@@ -1,1 +1,18 @@
-"""..."""
+"""Encoders: normalised observations -> Condition. The family: name -> (Config, Class).
+
+An encoder is an nn.Module built as `Class(config, spec=DataSpec, obs_horizon=T_obs)`:
+
+    cond                         ConditionSpec: the sizes of what forward returns
+    forward(obs) -> Condition    obs: role -> (B, T_obs, ...); states normalised floats, images uint8 (..., H, W, 3)
+
+States are concatenated in the order of spec.state_keys. The tests of this family run on whatever is listed here.
+"""
+
+from .resnet import ResnetConfig, ResnetEncoder
+from .state import StateConfig, StateEncoder
+
+ENCODERS = {
+    "state": (StateConfig, StateEncoder),
+    "resnet": (ResnetConfig, ResnetEncoder),
+    # The CLIP encoder (clip.py: images and the instruction through open_clip) takes its line here.
+}
