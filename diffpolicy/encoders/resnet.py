@@ -40,7 +40,7 @@ class ResnetConfig:
     share_towers: bool = False
     """One ResNet for all cameras; False: one each."""
     weights: str | None = None
-    """Where the ResNet starts: None (random), `imagenet` (torchvision's, downloaded once), or a file of its state dict."""
+    """Where the ResNet starts: None (random), `imagenet` (torchvision fetches it), or a file of its state dict."""
     group_norm: bool = True
     """Group norm for batch norm, which a moving average of the weights spoils; False: batch norm, frozen."""
     pixel_stats: str = "centered"
