@@ -117,6 +117,7 @@ class TabletopEnv(RobotEnv):
     fps = 10.0
     action_names = ("target_x", "target_y")
     action_units = "px"
+    observation_units = "px"
 
     def __init__(self, config: TabletopConfig | None = None):
         self.config = config = config or TabletopConfig()
@@ -348,8 +349,8 @@ class TabletopEnv(RobotEnv):
         return picture
 
     def action_to_pixels(self, actions: np.ndarray) -> np.ndarray:
-        """Columns and rows (..., 2) of actions (..., 2) in the picture of render(); whole numbers are pixel centres."""
-        return np.asarray(actions, dtype=np.float64) * (self.config.render_size / TABLE) - 0.5
+        """Columns and rows (..., 2) of actions (..., 2) in the picture of render()."""
+        return np.asarray(actions, dtype=np.float64) * (self.config.render_size / TABLE)
 
     def _draw(self, size: int) -> np.ndarray:
         """The scene as uint8 (size, size, 3), anti-aliased; what does not move is painted once an episode."""
