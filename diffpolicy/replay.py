@@ -1,0 +1,857 @@
+"""Demonstrations on disk: episodes in a zarr store, safe to append to, readable by the field's own tools.
+
+    demos.zarr/
+      data/<key>           (N, ...)   every episode, one after the other in time
+      meta/episode_ends    (E,)       int64; episode i is rows [episode_ends[i-1], episode_ends[i])
+      meta/episode_task    (E,)       int64; index into attrs["tasks"], -1 for none           (ours)
+      attrs                           format, format_version, fps, tasks, and per key role, names, units (ours)
+
+`data/` and `meta/episode_ends` are the classic layout of Diffusion Policy (Chi et al. 2023, arXiv:2303.04137); its
+stores in zarr v2 are read as they come, new ones are zarr v3. Only this file and the importers know zarr; nothing here
+imports torch.
+
+**Crash safety.** `append_episode` writes the arrays, then episode_task, then episode_ends; an episode exists once its
+end does. Every file is replaced by rename (zarr's LocalStore since 3.1.3), so that rewriting the shard in which an
+earlier episode ends either happens or does not: kill -9 loses the episode being written and nothing else. Rows beyond
+the last end are its leftovers: readers ignore them, the next writer trims them, and both say so. Nothing is fsynced: a
+power cut may lose more than a killed process.
+
+This file is longer than most, because everything that touches zarr is meant to be found in it: opening, ReplayBuffer
+(what is in it, reading, writing), rewriting (drop, convert), and the parts they are made of.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import ZipStore
+
+from diffpolicy.spec import ACTION, IMAGES, STATE, FieldSpec, unknown_name
+
+FORMAT = "diffpolicy-replay"
+FORMAT_VERSION = 1
+LOCK_FILE = ".writer.lock"
+OWN_ATTRS = ("format", "format_version", "fps", "keys", "tasks")
+
+SHARDED_ROW_BYTES = 4096
+"""Keys whose steps are at least this large (images) are sharded; smaller ones lie in plain chunks of whole rows."""
+INNER_CHUNK_BYTES = 128 * 1024
+"""Raw size of a chunk inside a shard: 4 frames of 96x96x3, one of a larger camera. A frame alone reads as fast as from
+chunks of one (0.7 ms), all frames read four times faster, and neighbours compress to half the size."""
+SHARD_BYTES = 16 * 1024 * 1024
+"""Raw size of a shard, which is one file: appending rewrites at most one of them per key."""
+PLAIN_CHUNK_BYTES = 128 * 1024
+MOST_EPISODES = 100_000_000
+"""More than this is a damaged number, not to be allocated for."""
+BLOCK_BYTES = 64 * 1024 * 1024
+"""How much of a key is held in memory at once when a whole store is streamed."""
+
+Progress = Callable[[str, int, int], None]
+"""progress(key, rows done, rows in all)."""
+
+
+def is_image(spec: FieldSpec) -> bool:
+    """Whether a key holds pictures: (H, W, 3) or (H, W, 1) at each step."""
+    return len(spec.shape) == 3 and spec.shape[-1] in (1, 3) and np.dtype(spec.dtype).kind in "uif"
+
+
+def to_uint8(frames: np.ndarray, key: str, first_row: int) -> np.ndarray:
+    """Pictures stored as other numbers, as uint8, provided that nothing is lost.
+
+    Args:
+        frames: (n, H, W, C), any real type.
+        key: for the error.
+        first_row: the row of the store at which `frames` begins, for the error.
+    Raises:
+        ValueError: a value is not a whole number in 0..255.
+    """
+    if frames.dtype == np.uint8:
+        return frames
+    exact = _cast_uint8(frames)
+    wrong = exact != frames
+    if wrong.any():
+        index = np.unravel_index(np.argmax(wrong), wrong.shape)
+        where = ", ".join(str(i) for i in (first_row + index[0], *index[1:]))
+        raise ValueError(f"{key} must hold whole numbers in 0..255 to become uint8, got [{where}] = {frames[index]}")
+    return exact
+
+
+def _cast_uint8(frames: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # NaN becomes something, and then differs from itself
+        return frames.astype(np.uint8)
+
+
+# Opening -------------------------------------------------------------------------------------------------------------
+
+
+def open_root(path: str | os.PathLike, *, writable: bool = False) -> zarr.Group:
+    """The root group of a zarr v2 or v3 store, in a folder or (read-only) in a zip file.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        ValueError: something else lies there; says what.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist{_interrupted_swap(path)}")
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise ValueError(f"{path} is an empty folder, not a zarr store")
+        if not any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
+            inside = sorted(p.name for p in path.glob("*.zarr"))
+            hint = f"; it holds {path / inside[0]}: open that" if inside else ""
+            raise ValueError(f"{path} is not a zarr store: it has neither zarr.json (v3) nor .zgroup (v2){hint}")
+        store: Any = str(path)
+    else:
+        if writable:
+            raise ValueError(f"{path} is a file and can only be read; to append: diffpolicy data convert {path} DST")
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is a file but not a zip file; a zarr store is a folder or a zip of one")
+        store = ZipStore(path, mode="r")
+    try:
+        # Consolidated metadata is a copy that goes stale; the truth lies beside each array.
+        return zarr.open_group(store, mode="r+" if writable else "r", use_consolidated=False)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or isinstance(error, ValueError):  # zarr: no group here
+            raise ValueError(f"{path} has no zarr group at its top: {error}") from error
+        raise OSError(error.errno, f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # zarr raises KeyError, TypeError, JSONDecodeError, ... for damaged metadata
+        raise ValueError(f"{path} has unreadable zarr metadata at its top: {_one_line(error)}") from error
+
+
+def list_files(path: str | os.PathLike) -> dict[str, int]:
+    """Every file of a store: name relative to its top, with / between folders -> size in bytes."""
+    path = Path(path)
+    if path.is_file():
+        with zipfile.ZipFile(path) as archive:
+            return {info.filename: info.compress_size for info in archive.infolist() if not info.is_dir()}
+    return {p.relative_to(path).as_posix(): p.stat().st_size for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def file_shape(array: zarr.Array) -> tuple[int, ...]:
+    """Shape of the part of an array that lies in one file: a shard, or a chunk where there are no shards."""
+    return array.shards or array.chunks
+
+
+class ReplayBuffer:
+    """Episodes in a zarr store; make one with `open` or `create`.
+
+    ```python
+    buffer = ReplayBuffer.open("data/pusht.zarr")
+    buffer.episode_ends                      # (E,) int64
+    buffer.read("action")                    # (N, D_act), in the store's units
+    buffer.episode(3)["action"]              # (T, D_act)
+    ```
+    A buffer in mode "a" holds the store's writer lock until `close()`, the end of a `with` block, or its process's end.
+    """
+
+    def __init__(self, path: Path, root: zarr.Group, *, lock: _WriterLock | None = None):
+        self.path = path
+        self._root = root
+        self._lock = lock
+        self._attrs = dict(root.attrs)
+        self._described, self._tasks = _own_attrs(path, self._attrs)
+        self._arrays = _data_arrays(path, root)
+        self._ends_array = _meta_array(path, root, "episode_ends")
+        if self._ends_array is None:
+            raise ValueError(f"{path} has no meta/episode_ends; a replay store says there where its episodes end")
+        self._ends = _finished_ends(path, self._ends_array)
+        for key, array in self._arrays.items():
+            if array.shape[0] < self.num_steps:
+                raise ValueError(
+                    f"{path}: data/{key} has {array.shape[0]} rows, but episode_ends says {self.num_steps}; "
+                    f"see what else is wrong with: diffpolicy data validate {path}"
+                )
+        self._task_array = _meta_array(path, root, "episode_task") if self._attrs.get("format") == FORMAT else None
+        self._task_ids = _task_ids(path, self._task_array, len(self._ends), len(self._tasks))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, mode: str = "r") -> ReplayBuffer:
+        """Opens a store to read ("r": zarr v2 or v3, folder or zip) or to append to ("a": stores made by `create`).
+
+        Leftovers of a killed writer are ignored in mode "r" and trimmed in mode "a", with a warning either way.
+
+        Raises:
+            FileNotFoundError: nothing at `path`.
+            ValueError: no replay store there (says what is missing), or one that cannot be appended to.
+            BlockingIOError: mode "a", and another writer is at work.
+        """
+        path = Path(path)
+        if mode not in ("r", "a"):
+            raise ValueError(f"mode must be 'r' or 'a', got {mode!r}")
+        root = open_root(path, writable=mode == "a")
+        if mode == "r":
+            buffer = cls(path, root)
+            buffer._warn_of_leftovers("ignored")
+            return buffer
+        if root.metadata.zarr_format != 3 or root.attrs.get("format") != FORMAT:
+            what = "zarr v2" if root.metadata.zarr_format == 2 else "not written by diffpolicy"
+            raise ValueError(f"{path} is {what} and can only be read; to append: diffpolicy data convert {path} DST")
+        lock = _WriterLock(path)  # taken before reading, so that what is read stays true
+        try:
+            buffer = cls(path, open_root(path, writable=True), lock=lock)
+            buffer._trim()
+        except BaseException:
+            lock.release()
+            raise
+        return buffer
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike,
+        *,
+        fields: Mapping[str, FieldSpec],
+        fps: float | None,
+        roles: Mapping[str, str] | None = None,
+    ) -> ReplayBuffer:
+        """A new, empty zarr v3 store, opened to append to.
+
+        Args:
+            path: a folder that does not exist yet, or is empty.
+            fields: key -> shape of one step, type, names and units.
+            fps: steps per second; None if unknown.
+            roles: key -> role (spec.py); a key that is named like a role needs none.
+        Raises:
+            FileExistsError: something lies at `path`.
+            ValueError: a field or role that cannot be stored.
+        """
+        path = Path(path)
+        if path.exists() and (path.is_file() or any(path.iterdir())):
+            raise FileExistsError(f"{path} exists already; append with ReplayBuffer.open(path, mode='a'), or delete it")
+        _check_fields(fields, fps, roles)
+        described = {
+            key: {"role": (roles or {}).get(key, ""), "names": list(spec.names), "units": spec.units}
+            for key, spec in fields.items()
+        }
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _WriterLock(path)
+        try:
+            root = zarr.create_group(str(path), zarr_format=3)
+            data, meta = root.create_group("data"), root.create_group("meta")
+            for key, spec in fields.items():
+                _create_array(data, key, (0, *spec.shape), np.dtype(spec.dtype))
+            for key in ("episode_ends", "episode_task"):
+                _create_array(meta, key, (0,), np.dtype(np.int64))
+            attrs = {"format": FORMAT, "format_version": FORMAT_VERSION, "fps": fps, "keys": described, "tasks": []}
+            root.update_attributes(attrs)
+            return cls(path, root, lock=lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    # What is in it ---------------------------------------------------------------------------------------------------
+
+    @property
+    def zarr_format(self) -> int:
+        return self._root.metadata.zarr_format
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names under data/, sorted."""
+        return tuple(self._arrays)
+
+    @property
+    def fps(self) -> float | None:
+        """Steps per second; None if the store does not say."""
+        fps = self._attrs.get("fps")
+        return fps if isinstance(fps, (int, float)) and not isinstance(fps, bool) else None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The distinct instructions, in order of first use."""
+        return tuple(self._tasks)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """key -> role, for keys that have one; a key named like a role has that role."""
+        roles = {}
+        for key in self.keys:
+            if role := self._described.get(key, {}).get("role") or (key if _is_role(key) else ""):
+                roles[key] = role
+        return roles
+
+    @property
+    def fields(self) -> dict[str, FieldSpec]:
+        """key -> shape of one step and type, with names and units where the store has them."""
+        fields = {}
+        for key, array in self._arrays.items():
+            known = self._described.get(key, {})
+            names, units = tuple(known.get("names", ())), known.get("units", "")
+            fields[key] = FieldSpec(shape=array.shape[1:], dtype=array.dtype.name, names=names, units=units)
+        return fields
+
+    @property
+    def episode_ends(self) -> np.ndarray:
+        """(E,) int64, row after the last of each finished episode."""
+        return self._ends.copy()
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self._ends)
+
+    @property
+    def num_steps(self) -> int:
+        """Rows in finished episodes, N."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def episode_lengths(self) -> np.ndarray:
+        """(E,) steps in each episode."""
+        return np.diff(self._ends, prepend=0)
+
+    def episode_slice(self, index: int) -> slice:
+        """Rows of an episode; negative indices count from the end."""
+        if not -self.num_episodes <= index < self.num_episodes:
+            raise IndexError(f"{self.path} has episodes 0..{self.num_episodes - 1}, got {index}")
+        index %= self.num_episodes
+        return slice(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
+
+    def episode_task(self, index: int) -> str:
+        """The instruction of an episode; "" where there is none."""
+        self.episode_slice(index)  # raises for an index out of range
+        task = int(self._task_ids[index])
+        return self._tasks[task] if task >= 0 else ""
+
+    def __len__(self) -> int:
+        return self.num_episodes
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self.episode(i) for i in range(self.num_episodes))
+
+    def __repr__(self) -> str:
+        return f"ReplayBuffer({str(self.path)!r}, {self.num_episodes} episodes, {self.num_steps} steps)"
+
+    # Reading ---------------------------------------------------------------------------------------------------------
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of a key, shape (stop - start, ...), type and units as stored.
+
+        Raises:
+            ValueError: unknown key, rows that are not there, no episodes yet, or damaged data (names the key and rows).
+        """
+        array = self._array(key)
+        stop = self.num_steps if stop is None else stop
+        if not 0 <= start <= stop <= self.num_steps:
+            raise ValueError(f"{self.path}: rows of {key} must lie in 0..{self.num_steps}, got [{start}, {stop})")
+        try:
+            return np.asarray(array[start:stop])
+        except Exception as error:  # codecs raise RuntimeError, ValueError, ... for damaged chunks
+            raise ValueError(
+                f"{self.path}: {key}[{start}:{stop}] cannot be read ({_one_line(error)}); "
+                f"find the damage with: diffpolicy data validate {self.path}"
+            ) from error
+
+    def blocks(self, key: str) -> Iterator[tuple[int, int]]:
+        """(start, stop) of runs of rows that cover a key, aligned with its files, about 64 MiB each."""
+        array = self._array(key)
+        rows_per_file = file_shape(array)[0]
+        row_bytes = max(1, int(np.prod(array.shape[1:])) * array.dtype.itemsize)
+        step = max(1, BLOCK_BYTES // (rows_per_file * row_bytes)) * rows_per_file
+        for start in range(0, self.num_steps, step):
+            yield start, min(start + step, self.num_steps)
+
+    def read_images_uint8(self, key: str, progress: Progress | None = None) -> np.ndarray:
+        """All frames of a camera, (N, H, W, C) uint8; a float store is converted block by block.
+
+        Raises:
+            ValueError: a value is not a whole number in 0..255 (names the key and row), or `key` holds no pictures.
+        """
+        self._array(key)
+        spec = self.fields[key]
+        if not is_image(spec):
+            raise ValueError(f"{self.path}: {key} must hold pictures (H, W, 1 or 3), got {spec.shape} at each step")
+        frames = np.empty((self.num_steps, *spec.shape), np.uint8)
+        for start, stop in self.blocks(key):
+            frames[start:stop] = to_uint8(self.read(key, start, stop), key, start)
+            if progress:
+                progress(key, stop, self.num_steps)
+        return frames
+
+    def episode(self, index: int, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """One episode: key -> (T, ...)."""
+        rows = self.episode_slice(index)
+        return {key: self.read(key, rows.start, rows.stop) for key in (self.keys if keys is None else keys)}
+
+    def _array(self, key: str) -> zarr.Array:
+        if key not in self._arrays:
+            raise unknown_name(f"key of {self.path}", key, self._arrays)
+        if not self.num_episodes:
+            raise ValueError(f"{self.path} holds no finished episodes, so there is nothing to read")
+        return self._arrays[key]
+
+    # Writing ---------------------------------------------------------------------------------------------------------
+
+    def append_episode(self, data: Mapping[str, np.ndarray], task: str = "") -> None:
+        """Adds one episode at the end; a killed process loses at most this one.
+
+        Args:
+            data: key -> (T, ...), every key of the store, shapes and types exactly as in `fields`.
+            task: the instruction in words.
+        Raises:
+            ValueError: keys, shapes, types or lengths that differ from the store's, or numbers that are not finite.
+            OSError: the disk is full or may not be written; earlier episodes are intact and the buffer can be used on.
+        """
+        if self._lock is None or self._lock.released:
+            raise ValueError(f"{self.path} is open to read only; to append: ReplayBuffer.open(path, mode='a')")
+        data = {key: np.asarray(value) for key, value in data.items()}
+        length = self._check_episode(data)
+        index, start, stop = self.num_episodes, self.num_steps, self.num_steps + length
+        try:
+            task_id = self._task_id(task)
+            for key, array in self._arrays.items():
+                array.resize((stop, *array.shape[1:]))
+                array[start:stop] = data[key]
+            # zarr resizes, then fills in: between the two this episode ends at 0, which _finished_ends knows.
+            for meta, value in ((self._task_array, task_id), (self._ends_array, stop)):
+                meta.resize((index + 1,))
+                meta[index] = value
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.path}: episode {index} could not be written ({error.strerror or error}); "
+                f"the {index} earlier episodes are intact",
+            ) from error
+        self._ends = np.append(self._ends, stop)
+        self._task_ids = np.append(self._task_ids, task_id)
+
+    def _check_episode(self, data: dict[str, np.ndarray]) -> int:
+        """Length T of an episode that fits the store."""
+        for key in data:
+            if key not in self._arrays:
+                raise unknown_name(f"key of {self.path}", key, self._arrays)
+        if missing := [key for key in self._arrays if key not in data]:
+            raise ValueError(f"an episode of {self.path} must have the keys {list(self._arrays)}, {missing} missing")
+        lengths = {key: len(value) if value.ndim else 0 for key, value in data.items()}
+        if len(set(lengths.values())) != 1 or not all(lengths.values()):
+            raise ValueError(f"all keys of an episode must have the same length of at least 1, got {lengths}")
+        for key, spec in self.fields.items():
+            value = data[key]
+            if value.shape[1:] != spec.shape:
+                raise ValueError(f"a step of {key} must have shape {spec.shape}, got {value.shape[1:]} ({self.path})")
+            if value.dtype.name != spec.dtype:
+                fix = f"convert with .astype({spec.dtype!r})"
+                raise ValueError(f"{key} must be {spec.dtype} as in {self.path}, got {value.dtype}; {fix}")
+            if value.dtype.kind in "fc" and not np.isfinite(value).all():
+                index = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
+                where = f"row {index[0]} of the episode, position {index[1:]}"
+                raise ValueError(f"{key} must be finite, got {value[index]} at {where}")
+        return next(iter(lengths.values()))
+
+    def _task_id(self, task: str) -> int:
+        if not task:
+            return -1
+        if task not in self._tasks:
+            tasks = [*self._tasks, task]
+            self._root.update_attributes({"tasks": tasks})
+            self._tasks = tasks
+        return self._tasks.index(task)
+
+    def _warn_of_leftovers(self, fate: str) -> None:
+        rows = max(array.shape[0] for array in self._arrays.values()) - self.num_steps
+        if rows > 0 or self._ends_array.shape[0] > self.num_episodes:
+            why = "its writer was killed, or is still at work"
+            warnings.warn(
+                f"{self.path}: episode {self.num_episodes} was not finished ({why}); its {rows} rows are {fate}",
+                stacklevel=4 if fate == "trimmed" else 3,
+            )
+
+    def _trim(self) -> None:
+        """Removes what a killed writer left: rows without an end, and files that were never renamed."""
+        self._warn_of_leftovers("trimmed")
+        for array in self._arrays.values():
+            if array.shape[0] > self.num_steps:
+                array.resize((self.num_steps, *array.shape[1:]))
+        for array in (self._task_array, self._ends_array):
+            if array.shape[0] > self.num_episodes:
+                array.resize((self.num_episodes,))
+        for partial in self.path.rglob("*.partial"):
+            partial.unlink()
+
+    def close(self) -> None:
+        """Releases the writer lock; reading goes on to work."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> ReplayBuffer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+# Rewriting -----------------------------------------------------------------------------------------------------------
+
+
+def drop_episodes(
+    path: str | os.PathLike,
+    episodes: Iterable[int],
+    out: str | os.PathLike | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Rewrites a store without some of its episodes, in place or to `out`; the result appears whole or not at all.
+
+    Raises:
+        ValueError: an episode that is not there, none left over, or a store that cannot be written in place.
+        FileExistsError: something lies at `out`.
+    """
+    path = Path(path).resolve()
+    if out is None and open_root(path).metadata.zarr_format != 3:
+        raise ValueError(f"{path} is zarr v2 and can only be read; write the rest elsewhere with --out")
+    with ReplayBuffer.open(path, "r" if out is not None else "a") as source:
+        dropped = set(episodes)
+        if wrong := sorted(e for e in dropped if not 0 <= e < source.num_episodes):
+            raise ValueError(f"{path} has episodes 0..{source.num_episodes - 1}, so {wrong} cannot be dropped")
+        kept = [i for i in range(source.num_episodes) if i not in dropped]
+        if not kept:
+            raise ValueError(f"dropping all {source.num_episodes} episodes would leave none; delete {path} instead")
+        target = path if out is None else Path(out)
+        with _appears_whole(target, replace=out is None) as fresh:
+            _rewrite(source, fresh, kept, dtypes={}, fps=source.fps, roles=source.roles, task="", progress=progress)
+
+
+def convert(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    fps: float | None = None,
+    roles: Mapping[str, str] | None = None,
+    task: str = "",
+    progress: Progress | None = None,
+) -> None:
+    """Writes a store of the field (zarr v2 or v3, folder or zip) anew as ours; `dst` appears whole or not at all.
+
+    Pictures stored as floats become uint8 where they hold nothing but whole numbers in 0..255; all else stays equal
+    bit by bit, NaN included (see validation.py). Attributes and other arrays of meta/ come along.
+
+    Args:
+        fps: steps per second, where the source does not say.
+        roles: key -> role, in addition to what the source says.
+        task: the instruction of all episodes that have none.
+    Raises:
+        FileExistsError: something lies at `dst`.
+        ValueError: the source cannot be read, or a role names no key of it.
+    """
+    source = ReplayBuffer.open(src)
+    if not source.num_episodes:
+        raise ValueError(f"{src} holds no finished episodes, so there is nothing to convert")
+    dtypes = {
+        key: "uint8"
+        for key, spec in source.fields.items()
+        if is_image(spec) and np.dtype(spec.dtype).kind == "f" and _holds_uint8(source, key, progress)
+    }
+    roles = {**source.roles, **(roles or {})}
+    fps = source.fps if fps is None else fps
+    with _appears_whole(Path(dst)) as fresh:
+        everything = range(source.num_episodes)
+        _rewrite(source, fresh, everything, dtypes=dtypes, fps=fps, roles=roles, task=task, progress=progress)
+
+
+def _holds_uint8(source: ReplayBuffer, key: str, progress: Progress | None) -> bool:
+    """Whether a float camera can become uint8 without loss; one that cannot usually shows it in its first block."""
+    for start, stop in source.blocks(key):
+        block = source.read(key, start, stop)
+        if not np.array_equal(_cast_uint8(block), block):
+            return False
+        if progress:
+            progress(f"{key} (check)", stop, source.num_steps)
+    return True
+
+
+def _rewrite(
+    source: ReplayBuffer,
+    path: Path,
+    episodes: Sequence[int],
+    *,
+    dtypes: Mapping[str, str],
+    fps: float | None,
+    roles: Mapping[str, str],
+    task: str,
+    progress: Progress | None,
+) -> None:
+    """Some episodes of a store as a new store, streamed key by key in blocks that fill whole files."""
+    fields = {
+        key: FieldSpec(shape=spec.shape, dtype=dtypes.get(key, spec.dtype), names=spec.names, units=spec.units)
+        for key, spec in source.fields.items()
+    }
+    spans = [source.episode_slice(i) for i in episodes]
+    ends = np.cumsum([span.stop - span.start for span in spans])
+    with ReplayBuffer.create(path, fields=fields, fps=fps, roles=roles) as target:
+        target._root.update_attributes({k: v for k, v in source._attrs.items() if k not in OWN_ATTRS})
+        for key, array in target._arrays.items():
+            array.update_attributes(dict(source._arrays[key].attrs))
+            array.resize((int(ends[-1]), *array.shape[1:]))
+            done = 0
+            for rows in _runs_of_rows(spans, file_shape(array)[0]):
+                block = np.concatenate([source.read(key, run.start, run.stop) for run in rows])
+                array[done : done + len(block)] = to_uint8(block, key, rows[0].start) if key in dtypes else block
+                done += len(block)
+                if progress:
+                    progress(key, done, int(ends[-1]))
+        _carry_meta(source, target, episodes)
+        task_ids = np.array([target._task_id(source.episode_task(i) or task) for i in episodes], np.int64)
+        for meta, values in ((target._task_array, task_ids), (target._ends_array, ends)):
+            meta.resize(values.shape)
+            meta[:] = values
+
+
+def _runs_of_rows(spans: Sequence[slice], size: int) -> Iterator[list[slice]]:
+    """Cuts spans of rows into groups of `size` rows in all (the last may be shorter), joining spans that touch."""
+    group: list[slice] = []
+    room = size
+    for span in spans:
+        start = span.start
+        while start < span.stop:
+            stop = min(span.stop, start + room)
+            if group and group[-1].stop == start:
+                group[-1] = slice(group[-1].start, stop)
+            else:
+                group.append(slice(start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield group
+                group, room = [], size
+    if group:
+        yield group
+
+
+def _carry_meta(source: ReplayBuffer, target: ReplayBuffer, episodes: Sequence[int]) -> None:
+    """Copies the arrays of meta/ that are not ours; those with one entry per episode lose the dropped ones."""
+    for key, array in source._root["meta"].arrays():
+        if key in ("episode_ends", "episode_task"):
+            continue
+        values = np.asarray(array[...])
+        if values.ndim and len(values) == source.num_episodes:
+            values = values[list(episodes)]
+        copy = target._root["meta"].create_array(key, shape=values.shape, dtype=values.dtype)
+        copy[...] = values
+        copy.update_attributes(dict(array.attrs))
+
+
+@contextmanager
+def _appears_whole(target: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder beside `target` to build a store in: renamed to it at the end, deleted if anything goes wrong."""
+    if not replace and target.exists():
+        raise FileExistsError(f"{target} exists already; choose another name, or delete it")
+    tag = uuid.uuid4().hex[:8]
+    fresh, old = (target.with_name(f".{target.name}.{which}-{tag}") for which in ("new", "old"))
+    try:
+        yield fresh
+        if replace:
+            os.rename(target, old)
+        os.rename(fresh, target)
+    except BaseException as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, f"{target} could not be written ({error.strerror or error})") from error
+        raise
+    if replace:
+        shutil.rmtree(old)
+
+
+def _interrupted_swap(path: Path) -> str:
+    """For the error about a missing store: where its content is if a rewrite was killed between its two renames."""
+    if not path.parent.is_dir():
+        return ""
+    old = sorted(path.parent.glob(f".{path.name}.old-*"))
+    return f", but an interrupted rewrite left {old[0]}, which is whole: rename it to {path.name}" if old else ""
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------
+
+
+class _WriterLock:
+    """At most one writer per store: an flock on a file in it, which ends with its process however that ends."""
+
+    def __init__(self, path: Path):
+        import fcntl  # POSIX only, and only writers need it
+
+        self.path = path / LOCK_FILE
+        while True:
+            try:
+                file: BinaryIO = open(self.path, "a+b")
+            except OSError as error:
+                raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                owner = file.read(32).decode(errors="replace").strip() or "unknown"
+                file.close()
+                raise BlockingIOError(
+                    error.errno, f"{path} is being written by process {owner}; a store takes one writer at a time"
+                ) from error
+            # The previous owner removes the file when done; a lock on a removed file keeps nobody out.
+            if self._is_current(file):
+                break
+            file.close()
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
+        file.flush()
+        self._file = file
+
+    @property
+    def released(self) -> bool:
+        return self._file.closed
+
+    def release(self) -> None:
+        if not self._file.closed:
+            if self._is_current(self._file):
+                self.path.unlink()
+            self._file.close()
+
+    def _is_current(self, file: BinaryIO) -> bool:
+        """Whether an open lock file is still the one at its path: it may have been removed, or its store replaced."""
+        return self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+
+
+def _is_role(name: str) -> bool:
+    return name == ACTION or name.startswith("observation.")
+
+
+def _check_fields(fields: Mapping[str, FieldSpec], fps: float | None, roles: Mapping[str, str] | None) -> None:
+    if not fields:
+        raise ValueError("fields must name at least one key, got none")
+    if fps is not None and not (np.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps must be a positive number or None, got {fps}")
+    for key, spec in fields.items():
+        if not key or key.startswith((".", "/")) or key.endswith("/") or "//" in key:
+            raise ValueError(f"a key must be a plain name such as 'action' or 'observation.images.front', got {key!r}")
+        if np.dtype(spec.dtype).kind not in "biufc":
+            raise ValueError(f"{key} must hold numbers or booleans, got dtype {spec.dtype}")
+        if any(size < 1 for size in spec.shape):
+            raise ValueError(f"{key} must have sizes of at least 1, got shape {spec.shape}")
+        size = int(np.prod(spec.shape))
+        if spec.names and len(spec.names) != size:
+            raise ValueError(f"{key} has {size} numbers in one step, got {len(spec.names)} names {spec.names}")
+    for key, role in (roles or {}).items():
+        if key not in fields:
+            raise unknown_name(f"the key of role {role!r}", key, fields)
+        if not _is_role(role):
+            raise ValueError(f"the role of {key} must be {ACTION!r} or like {STATE!r} or '{IMAGES}front', got {role!r}")
+
+
+def _create_array(group: zarr.Group, key: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """An array of ours: zstd and crc32c; pictures in shards of small chunks, so that one frame reads alone."""
+    row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+    if row_bytes >= SHARDED_ROW_BYTES:
+        rows = _power_of_two(INNER_CHUNK_BYTES / row_bytes, largest=16)
+        shards = (max(4 * rows, _power_of_two(SHARD_BYTES / row_bytes, largest=1024)), *shape[1:])
+    else:
+        rows = _power_of_two(PLAIN_CHUNK_BYTES / row_bytes, largest=4096)
+        shards = None
+    group.create_array(
+        key,
+        shape=shape,
+        dtype=dtype,
+        chunks=(rows, *shape[1:]),
+        shards=shards,
+        compressors=[ZstdCodec(level=3), Crc32cCodec()],
+        fill_value=0,
+    )
+
+
+def _power_of_two(size: float, largest: int) -> int:
+    return min(largest, 1 << max(0, int(np.log2(max(1, size)))))
+
+
+def _writes_all_chunks(array: zarr.Array) -> zarr.Array:
+    """zarr leaves out chunks of zeros by default; ours are always written, so that a missing file means damage."""
+    return array.with_config({"write_empty_chunks": True})
+
+
+def _data_arrays(path: Path, root: zarr.Group) -> dict[str, zarr.Array]:
+    """key -> array, sorted; keys in nested groups read like `robot/joints`."""
+    try:
+        group = root["data"]
+        nodes = group.members(max_depth=None) if isinstance(group, zarr.Group) else ()
+        arrays = {name: node for name, node in nodes if isinstance(node, zarr.Array)}
+    except KeyError as error:
+        raise ValueError(f"{path} has no data group; a replay store keeps its arrays in data/ and meta/") from error
+    except Exception as error:
+        raise ValueError(f"{path}: an array of data/ cannot be opened: {_one_line(error)}") from error
+    if not arrays:
+        raise ValueError(f"{path} has no arrays in data/")
+    for key, array in arrays.items():
+        if array.ndim == 0:
+            raise ValueError(f"{path}: data/{key} must have a time axis, got a single number")
+    return {key: _writes_all_chunks(arrays[key]) for key in sorted(arrays)}
+
+
+def _meta_array(path: Path, root: zarr.Group, key: str) -> zarr.Array | None:
+    try:
+        array = root[f"meta/{key}"]
+    except KeyError:
+        return None
+    except Exception as error:
+        raise ValueError(f"{path}: meta/{key} cannot be opened: {_one_line(error)}") from error
+    if not isinstance(array, zarr.Array) or array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"{path}: meta/{key} must be a list of whole numbers, got {array}")
+    return _writes_all_chunks(array)
+
+
+def _own_attrs(path: Path, attrs: Mapping[str, Any]) -> tuple[dict[str, dict], list[str]]:
+    """(key -> role, names and units; tasks) of a store of ours; both empty for others."""
+    if attrs.get("format") != FORMAT:
+        return {}, []
+    version, keys, tasks = (attrs.get(name) for name in ("format_version", "keys", "tasks"))
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(f"{path} has format_version {version}; this diffpolicy reads up to {FORMAT_VERSION}")
+    if not isinstance(keys, dict) or not all(isinstance(known, dict) for known in keys.values()):
+        raise ValueError(f"{path}: attrs['keys'] must map keys to role, names and units, got {keys!r:.100}")
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        raise ValueError(f"{path}: attrs['tasks'] must be a list of instructions, got {tasks!r:.100}")
+    return keys, list(tasks)
+
+
+def _task_ids(path: Path, array: zarr.Array | None, num_episodes: int, num_tasks: int) -> np.ndarray:
+    """(E,) index into tasks, -1 for none."""
+    if array is None:
+        return np.full(num_episodes, -1)
+    try:
+        ids = np.asarray(array[:num_episodes])
+    except Exception as error:
+        raise ValueError(f"{path}: meta/episode_task cannot be read: {_one_line(error)}") from error
+    if len(ids) < num_episodes:
+        raise ValueError(f"{path}: meta/episode_task has {len(ids)} entries for {num_episodes} episodes")
+    if len(ids) and not -1 <= ids.min() <= ids.max() < num_tasks:
+        raise ValueError(f"{path}: meta/episode_task must be in -1..{num_tasks - 1}, got {ids.min()}..{ids.max()}")
+    return ids
+
+
+def _finished_ends(path: Path, array: zarr.Array) -> np.ndarray:
+    """(E,) ends of finished episodes; a single 0 at the end is an episode whose end was about to be written."""
+    if array.shape[0] > MOST_EPISODES:
+        raise ValueError(f"{path}: meta/episode_ends claims {array.shape[0]} episodes; its metadata must be damaged")
+    try:
+        ends = np.asarray(array[:]).astype(np.int64)
+    except Exception as error:
+        raise ValueError(f"{path}: meta/episode_ends cannot be read: {_one_line(error)}") from error
+    if len(ends) and ends[-1] == 0:
+        ends = ends[:-1]
+    wrong = np.diff(ends, prepend=0) <= 0
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        before = ends[i - 1] if i else 0
+        raise ValueError(
+            f"{path}: meta/episode_ends must increase from above 0, got {before} then {ends[i]} at [{i}]; "
+            f"see what else is wrong with: diffpolicy data validate {path}"
+        )
+    return ends
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:200]}"
