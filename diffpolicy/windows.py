@@ -92,7 +92,7 @@ def split_episodes(
 def read_role(
     buffer: ReplayBuffer, role: str, selection: str, progress: Callable[[int, int], None] | None = None
 ) -> np.ndarray:
-    """All steps of one role: float32 (N, ...) for numbers, uint8 (N, H, W, 3) for images.
+    """All steps of one role: float32 (N, D), flattened, for numbers; uint8 (N, H, W, 3) for images.
 
     Raises:
         ValueError: the store lacks the key, the dimensions do not exist, or an image is not (H, W, 3) of 0..255.
@@ -101,18 +101,14 @@ def read_role(
     if role.startswith(IMAGES):
         if chosen.dims is not None:
             raise ValueError(f"data.keys.{role} is an image; dimensions cannot be chosen from it, got {selection!r}")
-        return buffer.read_images(chosen.key)
+        return buffer.read_images_uint8(chosen.key)
     values = np.asarray(buffer.read(chosen.key), dtype=np.float32)
     if chosen.dims is not None:
         flat = values.reshape(len(values), -1)
         values = flat[:, chosen.dims]
         if values.shape[1] == 0:
             raise ValueError(f"data.keys.{role}: {selection!r} takes nothing; {chosen.key} has {flat.shape[1]} numbers a step")
-    if values.ndim == 1:
-        values = values[:, None]
-    if role == ACTION:
-        values = values.reshape(len(values), -1)
-    return values
+    return values.reshape(len(values), -1)
 
 
 class WindowDataset:
@@ -173,6 +169,7 @@ def load_windows(
         chosen = KeySelection.parse(keys[role])
         known = buffer.fields[chosen.key]
         names = known.names[chosen.dims] if chosen.dims is not None else known.names
+        names = names if len(names) == int(np.prod(array.shape[1:])) else ()
         fields[role] = FieldSpec(shape=array.shape[1:], dtype=str(array.dtype), names=names, units=known.units)
     spec = DataSpec(fields=fields, fps=buffer.fps, tasks=buffer.tasks)
     tensors = {role: torch.from_numpy(np.ascontiguousarray(array)) for role, array in arrays.items()}

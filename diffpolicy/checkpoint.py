@@ -1,0 +1,166 @@
+"""A checkpoint is a folder: model.safetensors (EMA weights and normaliser) and config.json; loading runs no foreign code.
+
+    runs/<task>/<name>/checkpoints/step_001000/
+        model.safetensors     the policy to use
+        config.json           config, data spec, step, metrics
+        training_state.ckpt   for exact resume: live weights, optimiser, schedule, loop (may be deleted)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from diffpolicy import __version__
+from diffpolicy.config import Config, build_policy, config_from_dict
+from diffpolicy.policies import DiffusionPolicy
+from diffpolicy.spec import DataSpec
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG, TRAINING_STATE = "model.safetensors", "config.json", "training_state.ckpt"
+
+
+def save_policy(
+    policy: DiffusionPolicy,
+    config: Config,
+    path: str | Path,
+    *,
+    step: int = 0,
+    metrics: dict[str, float] | None = None,
+    write_more: Callable[[Path], None] | None = None,
+) -> Path:
+    """Writes a checkpoint folder atomically: it is whole, or it is not there; an older one of that name is kept until then.
+
+    Args:
+        write_more: writes further files into the folder before it counts (the training state).
+    Raises:
+        OSError: disk full or no permission; names the folder, and nothing half-written is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        save_file({k: v.detach().cpu().contiguous() for k, v in policy.state_dict().items()}, partial / WEIGHTS)
+        described = {
+            "format_version": FORMAT_VERSION,
+            "diffpolicy_version": __version__,
+            "step": step,
+            "metrics": metrics or {},
+            "config": config.to_dict(),
+            "spec": dataclasses.asdict(policy.spec),
+            "num_parameters": sum(p.numel() for p in policy.parameters()),
+        }
+        (partial / CONFIG).write_text(json.dumps(described, indent=2))
+        if write_more:
+            write_more(partial)
+        for file in partial.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        old = None
+        if path.exists():
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        partial.rename(path)
+        if old is not None:
+            shutil.rmtree(old)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own types
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"checkpoint {path} could not be written: {error}; earlier checkpoints are intact") from error
+    return path
+
+
+def list_checkpoints(run: str | Path) -> list[Path]:
+    """Checkpoints of a run folder, oldest first."""
+    found = [p for p in (Path(run) / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint folder, or the latest one of a run folder.
+
+    Raises:
+        FileNotFoundError: neither is there, saying what was looked for.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if path.is_file():
+        raise ValueError(f"a checkpoint is a folder with {WEIGHTS} and {CONFIG}, got the file {path}")
+    if (path / CONFIG).exists() or (path / WEIGHTS).exists():
+        return path
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        raise FileNotFoundError(f"{path} holds no checkpoint: neither {CONFIG} and {WEIGHTS}, nor checkpoints/step_*")
+    return checkpoints[-1]
+
+
+def read_description(path: str | Path) -> dict:
+    """config.json of a checkpoint, checked.
+
+    Raises:
+        ValueError: missing, not JSON, or of a format this version does not know.
+    """
+    file = find_checkpoint(path) / CONFIG
+    try:
+        described = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {file.parent} is incomplete: {CONFIG} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(described, dict) or not {"format_version", "config", "spec"} <= described.keys():
+        raise ValueError(f"{file} is not a diffpolicy checkpoint: it needs format_version, config and spec")
+    if described["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {described['format_version']}, this diffpolicy ({__version__}) reads {FORMAT_VERSION}"
+        )
+    return described
+
+
+def load_config_of(path: str | Path) -> Config:
+    """The Config that a checkpoint was trained with."""
+    return config_from_dict(read_description(path)["config"], {})
+
+
+def load_policy(path: str | Path, device: str | torch.device = "cpu") -> DiffusionPolicy:
+    """The policy to use, in eval mode, from a checkpoint folder or the latest of a run folder.
+
+    Raises:
+        FileNotFoundError, ValueError: missing, truncated or foreign files; weights that do not match, by name.
+    """
+    folder = find_checkpoint(path)
+    described = read_description(folder)
+    try:
+        spec = DataSpec(**described["spec"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{folder / CONFIG} is damaged: spec: {error}") from error
+    policy = build_policy(config_from_dict(described["config"], {}), spec)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {folder} is incomplete: {WEIGHTS} is missing") from None
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or truncated: {error}") from error
+    wanted = policy.state_dict()
+    missing, surplus = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    if missing or surplus:
+        raise ValueError(f"{folder / WEIGHTS} does not fit its config: missing {missing[:3]}, unexpected {surplus[:3]}")
+    for name, value in weights.items():
+        if value.shape != wanted[name].shape:
+            raise ValueError(
+                f"{folder / WEIGHTS}: {name} has shape {tuple(value.shape)}, the config says {tuple(wanted[name].shape)}"
+            )
+    policy.load_state_dict(weights)
+    policy.normalizer.require_fitted()
+    return policy.to(device).eval()

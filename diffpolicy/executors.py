@@ -1,0 +1,92 @@
+"""Chunk -> one action per control step. Executors own time; policies hold no state between calls.
+
+An executor is asked `plan(obs, generators)` whenever an environment has played all that was promised, and answers with the
+actions to play before it looks again. To add one: a class here and its line in EXECUTORS.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from diffpolicy.policies import DiffusionPolicy
+from diffpolicy.spec import IMAGES, TASK
+
+
+class RecedingHorizon:
+    """Plays chunk[past : past + T_act], then looks again. Chi et al. 2023, arXiv:2303.04137, section 4.1.
+
+    Args:
+        batch_size: rows of one policy call; fewer observations are padded by repetition. A matrix product may round
+            a row differently when the batch has another size, and contact dynamics amplify that: with a fixed size the
+            result of an episode does not depend on how many environments run beside it. None calls with what there is.
+    """
+
+    def __init__(self, policy: DiffusionPolicy, *, batch_size: int | None = None):
+        self.policy = policy
+        self.batch_size = batch_size
+        self.observation_keys = tuple(k for k in policy.spec.fields if k.startswith("observation."))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the history and the promised actions of `select_action`; call it when an episode begins."""
+        self._history: deque[dict[str, np.ndarray | str]] = deque(maxlen=self.policy.horizons.obs)
+        self._promised: deque[np.ndarray] = deque()
+
+    def plan(
+        self, obs: dict[str, np.ndarray | list[str]], generators: Sequence[torch.Generator] | None = None
+    ) -> np.ndarray:
+        """Actions to play before the next look.
+
+        Args:
+            obs: role -> (B, T_obs, ...) arrays in physical units; `task` -> B strings.
+            generators: one for each of the B environments.
+        Returns:
+            (B, T_act, D_act) float64, physical units.
+        """
+        batch = len(obs[self.observation_keys[0]])
+        size = self.batch_size or batch
+        parts = [self._plan_rows(obs, generators, lo, min(lo + size, batch), size) for lo in range(0, batch, size)]
+        return np.concatenate(parts)
+
+    def _plan_rows(self, obs, generators, lo: int, hi: int, size: int) -> np.ndarray:
+        rows = np.minimum(np.arange(lo, lo + size), hi - 1)  # the last row fills up
+        ready = {k: torch.from_numpy(obs[k][rows]).to(self.policy.device) for k in self.observation_keys}
+        ready = {k: v if k.startswith(IMAGES) else v.float() for k, v in ready.items()}
+        if TASK in obs:
+            ready[TASK] = [obs[TASK][i] for i in rows]
+        row_generators = None
+        if generators is not None:
+            # padding rows draw from generators of their own, so that no environment's stream advances twice
+            row_generators = [generators[i] for i in range(lo, hi)]
+            row_generators += [torch.Generator().manual_seed(0) for _ in range(size - (hi - lo))]
+        chunk = self.policy.sample_actions(ready, generators=row_generators)  # (size, T_pred, D_act)
+        return chunk[: hi - lo, self.policy.horizons.executed].cpu().double().numpy()
+
+    def select_action(
+        self, obs: dict[str, np.ndarray | str], generator: torch.Generator | None = None
+    ) -> np.ndarray:
+        """The next action (D_act,) for one robot, physical units: the call inside a control loop.
+
+        Args:
+            obs: role -> one frame (...), the newest; the history is kept here.
+        """
+        self._history.append(obs)
+        if not self._promised:
+            frames = list(self._history)
+            frames = [frames[0]] * (self.policy.horizons.obs - len(frames)) + frames
+            stacked = {k: np.stack([f[k] for f in frames])[None] for k in self.observation_keys}
+            if TASK in obs:
+                stacked[TASK] = [obs[TASK]]
+            self._promised.extend(self.plan(stacked, None if generator is None else [generator])[0])
+        return self._promised.popleft()
+
+
+EXECUTORS = {
+    "receding_horizon": RecedingHorizon,
+}
+
+__all__ = ["EXECUTORS", "RecedingHorizon"]

@@ -1,0 +1,221 @@
+"""Runs an executor in an environment over seeds -> RolloutResult: per-episode results, honest statistics, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from diffpolicy.envs import make_env
+from diffpolicy.envs.players import LocalPlayers, Played, ProcessPlayers
+from diffpolicy.executors import RecedingHorizon
+from diffpolicy.metrics import bootstrap_interval, percentiles, wilson_interval
+from diffpolicy.spec import ACTION, DataSpec
+
+
+@dataclass(frozen=True)
+class Episode:
+    seed: int
+    """Seed of the environment: decides the start state."""
+    score: float
+    """Largest reward of the episode, in [0, 1]."""
+    success: bool
+    steps: int
+    task: str
+    """The instruction in words, as the environment gave it."""
+    chunk_latency_ms: float
+    """Mean wall time of the policy calls that this episode took part in, milliseconds (the call serves a whole batch)."""
+
+
+@dataclass
+class RolloutResult:
+    episodes: list[Episode]
+    """In the order of their seeds."""
+    call_ms: list[float]
+    """Wall time of every policy call: encode, sample, unnormalise; the whole batch, first call left out."""
+    batch_size: int
+    """Rows of one policy call."""
+    seconds: float
+    """Wall time of the whole rollout."""
+    planned: int
+    """Episodes that were asked for; more than len(episodes) when the rollout was interrupted."""
+    films: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    """seed -> frames (H, W, 3) uint8 of the filmed episodes."""
+    pictures: dict[int, np.ndarray] = field(default_factory=dict)
+    """seed -> last frame."""
+
+    def summary(self) -> dict:
+        """Rates with 95 % intervals (Wilson for success, bootstrap for the mean score), steps and latency percentiles."""
+        successes = sum(e.success for e in self.episodes)
+        scores = np.array([e.score for e in self.episodes])
+        num_steps = sum(e.steps for e in self.episodes)
+        return {
+            "episodes": len(self.episodes),
+            "episodes_planned": self.planned,
+            "success_rate": successes / len(self.episodes),
+            "success_interval_95": list(wilson_interval(successes, len(self.episodes))),
+            "mean_score": float(scores.mean()),
+            "mean_score_interval_95": list(bootstrap_interval(scores)),
+            "mean_steps": num_steps / len(self.episodes),
+            "call_latency_ms": percentiles(np.array(self.call_ms)) if self.call_ms else None,
+            "call_batch_size": self.batch_size,
+            "env_steps_per_second": num_steps / self.seconds,
+            "seconds": self.seconds,
+        }
+
+    def to_dict(self) -> dict:
+        """Plain data for results.json."""
+        return {"summary": self.summary(), "episodes": [dataclasses.asdict(e) for e in self.episodes]}
+
+
+def episode_generator(sampling_seed: int, episode_seed: int) -> torch.Generator:
+    """The noise of one episode: depends on both seeds and on nothing else."""
+    state = np.random.SeedSequence([sampling_seed, episode_seed]).generate_state(2, dtype=np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+
+
+def check_fit(spec: DataSpec, env_name: str, env_choices: dict) -> None:
+    """Compares what the policy was trained on with what the environment gives.
+
+    Raises:
+        ValueError: a missing observation or another shape, naming both.
+    """
+    env = make_env(env_name, **env_choices)
+    try:
+        obs, _ = env.reset(seed=0)
+        for key, wanted in spec.fields.items():
+            if key == ACTION:
+                got = tuple(env.action_space.shape)
+            elif key not in obs:
+                raise ValueError(f"the checkpoint needs {key}; environment {env_name!r} gives {sorted(obs)}")
+            else:
+                got = tuple(obs[key].shape)
+            if got != wanted.shape:
+                raise ValueError(f"{key}: the checkpoint has shape {wanted.shape}, environment {env_name!r} has {got}")
+        if spec.fps is not None and abs(spec.fps - env.fps) > 1e-6:
+            warnings.warn(f"the policy was trained at {spec.fps:g} Hz, environment {env_name!r} runs at {env.fps:g} Hz", stacklevel=2)
+    finally:
+        env.close()
+
+
+def rollout(
+    executor: RecedingHorizon,
+    env_name: str,
+    env_choices: dict | None = None,
+    *,
+    seeds: Sequence[int],
+    num_envs: int = 16,
+    num_workers: int | None = None,
+    sampling_seed: int = 0,
+    num_films: int = 0,
+    num_pictures: int = 0,
+    on_episode: Callable[[Episode], None] | None = None,
+) -> RolloutResult:
+    """Plays one episode per seed, many side by side with one batched policy call.
+
+    An episode depends on its seed and sampling_seed alone: not on num_envs, num_workers or its neighbours
+    (given an executor with a fixed batch_size).
+
+    Args:
+        num_workers: processes that step the environments; 0 steps them here; None picks: processes for pixels only.
+        num_films: the first so many seeds are filmed frame by frame.
+        num_pictures: of the first so many seeds the last frame is kept.
+        on_episode: called at the end of each episode, for progress.
+    Raises:
+        ValueError: no seeds, or an environment that does not fit the policy.
+    """
+    policy = executor.policy
+    env_choices = dict(env_choices or {})
+    if policy.spec.image_keys:
+        env_choices.setdefault("pixels", True)
+    if not len(seeds):
+        raise ValueError("a rollout needs at least one seed (--episodes must be at least 1)")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError("seeds repeat; every episode needs a seed of its own")
+    check_fit(policy.spec, env_name, env_choices)
+    num_envs = min(num_envs, len(seeds))
+    if num_workers is None:
+        num_workers = min(os.cpu_count() or 1, num_envs) if policy.spec.image_keys and num_envs > 1 else 0
+    obs_horizon = policy.horizons.obs
+    if num_workers > 0:
+        players = ProcessPlayers(env_name, env_choices, obs_horizon, num_envs, min(num_workers, num_envs))
+    else:
+        players = LocalPlayers(env_name, env_choices, obs_horizon, num_envs)
+    policy.eval()
+    began = time.perf_counter()
+    result = RolloutResult([], [], executor.batch_size or num_envs, 0.0, len(seeds))
+    waiting = list(reversed(list(enumerate(seeds))))
+    current: dict[int, tuple[int, int, torch.Generator, list[float]]] = {}  # slot -> index, seed, noise, latencies
+    looks: dict[int, Played] = {}
+
+    def fill(free: list[int]) -> None:
+        starts = {}
+        for slot in free:
+            if waiting:
+                index, seed = waiting.pop()
+                current[slot] = (index, seed, episode_generator(sampling_seed, seed), [])
+                starts[slot] = (seed, index < num_films, index < num_pictures)
+        looks.update(players.call("start", starts))
+
+    try:
+        fill(list(range(num_envs)))
+        first_call = True
+        while current:
+            slots = sorted(current)
+            obs = {key: [looks[s].obs[key] for s in slots] for key in looks[slots[0]].obs}
+            obs = {key: np.stack(v) if isinstance(v[0], np.ndarray) else v for key, v in obs.items()}
+            called = time.perf_counter()
+            actions = executor.plan(obs, [current[s][2] for s in slots])
+            elapsed_ms = (time.perf_counter() - called) * 1e3
+            if not first_call:  # the first call warms up kernels
+                result.call_ms.append(elapsed_ms)
+            first_call = False
+            for slot, played in players.call("play", {s: (a,) for s, a in zip(slots, actions, strict=True)}).items():
+                looks[slot] = played
+                current[slot][3].append(elapsed_ms)
+                if played.done:
+                    index, seed, _, latencies = current.pop(slot)
+                    episode = Episode(
+                        seed, played.score, played.success, played.steps, played.obs["task"], float(np.mean(latencies))
+                    )
+                    result.episodes.append(episode)
+                    if index < num_films:
+                        result.films[seed] = played.frames
+                    if index < num_pictures:
+                        result.pictures[seed] = played.frames[-1]
+                    if on_episode:
+                        on_episode(episode)
+            fill([s for s in slots if s not in current])
+    except KeyboardInterrupt:
+        if not result.episodes:
+            raise
+        warnings.warn(f"interrupted: {len(result.episodes)} of {len(seeds)} episodes are in the result", stacklevel=2)
+    finally:
+        players.close()
+    result.seconds = time.perf_counter() - began
+    order = {seed: i for i, seed in enumerate(seeds)}
+    result.episodes.sort(key=lambda e: order[e.seed])
+    return result
+
+
+def measure_latency(executor: RecedingHorizon, env_name: str, env_choices: dict | None = None, num_calls: int = 30) -> dict:
+    """Wall time of a policy call for one observation, what a robot would wait for: percentiles in milliseconds."""
+    policy = executor.policy
+    choices = dict(env_choices or {}) | ({"pixels": True} if policy.spec.image_keys else {})
+    player = LocalPlayers(env_name, choices, policy.horizons.obs, 1)
+    look = player.call("start", {0: (0, False, False)})[0].obs
+    player.close()
+    obs = {k: v[None] if isinstance(v, np.ndarray) else [v] for k, v in look.items()}
+    alone = type(executor)(policy)
+    times = []
+    for i in range(num_calls + 3):
+        began = time.perf_counter()
+        alone.plan(obs, [torch.Generator().manual_seed(i)])
+        times.append((time.perf_counter() - began) * 1e3)
+    return percentiles(np.array(times[3:]))

@@ -1,0 +1,338 @@
+"""One training run: config + data -> runs/<task>/<name>/, with progress, checkpoints and exact resume."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from diffpolicy import __version__
+from diffpolicy.checkpoint import TRAINING_STATE, list_checkpoints, load_config_of, save_policy
+from diffpolicy.config import Config, build_policy
+from diffpolicy.replay import ReplayBuffer
+from diffpolicy.spec import ACTION, MissingExtraError
+from diffpolicy.training import PolicyModule, ReplayDataModule
+from diffpolicy.windows import load_windows, split_episodes
+
+METRICS = ("step", "train/loss", "train/lr", "train/steps_per_s", "val/loss", "val/action_mse")
+"""Columns of metrics.csv, in order."""
+
+
+def train(
+    config: Config,
+    *,
+    runs: str | Path = "runs",
+    name: str | None = None,
+    resume: str | Path | None = None,
+    stop_at: int | None = None,
+    device: str = "auto",
+    num_devices: int = 1,
+    precision: str = "auto",
+    keep_checkpoints: int = 3,
+    wandb_project: str | None = None,
+    progress: bool = True,
+    console: Console | None = None,
+) -> Path:
+    """Trains the policy that config describes and returns the run folder.
+
+    Args:
+        resume: run folder to go on with; its data, seed and schedule must be those of config.
+        stop_at: stops (with a checkpoint) at this step although the schedule ends at train.steps.
+        precision: 32, bf16 or fp16; auto is bf16 on a GPU and 32 on a CPU.
+        num_devices: more than one trains with DistributedDataParallel.
+    Raises:
+        ValueError: data and config do not fit; FloatingPointError: a loss that is not finite, naming the batch.
+    """
+    console = console or Console()
+    stop_at = config.train.steps if stop_at is None else stop_at
+    if not 1 <= stop_at <= config.train.steps:
+        raise ValueError(f"--stop-at must be in [1, train.steps = {config.train.steps}], got {stop_at}")
+    if not config.data.path:
+        raise ValueError("no dataset: give --data PATH.zarr (or data.path in a YAML file)")
+    buffer = ReplayBuffer.open(config.data.path)
+    training, validation = split_episodes(
+        buffer.num_episodes,
+        val_ratio=config.data.val_ratio,
+        max_train=config.data.max_train_episodes,
+        seed=config.data.split_seed,
+    )
+    (train_windows, val_windows), spec = load_windows(buffer, config.data.keys, config.horizons, [training, validation])
+    torch.manual_seed(config.seed)
+    policy = build_policy(config, spec)
+    rows = torch.from_numpy(_rows_of(buffer, training))
+    for key in (*spec.state_keys, ACTION):
+        policy.normalizer.fit(key, train_windows.arrays[key][rows])
+    module = PolicyModule(policy, config=config.train, seed=config.seed)
+    data = ReplayDataModule(train_windows, val_windows, config=config.train, seed=config.seed)
+
+    if resume is not None:
+        run = Path(resume)
+        state = _resumable_state(run)
+    else:
+        run, state = _new_run(Path(runs), config, name), None
+        _describe_run(run, config)
+    batch_size = min(config.train.batch_size, len(train_windows))
+    if batch_size < config.train.batch_size:
+        console.print(f"train.batch_size={config.train.batch_size} is lowered to {batch_size}: there are no more windows")
+    num_parameters = sum(p.numel() for p in policy.parameters())
+    console.print(
+        f"[bold]{config.task}[/bold]: {len(training)} training and {len(validation)} validation episodes, "
+        f"{len(train_windows):,} windows; {config.denoiser.name} with {config.process.name}, "
+        f"{num_parameters:,} parameters; run folder {run}"
+    )
+    keeper = Keeper(module, config, run, train_windows, keep=keep_checkpoints, stop_at=stop_at, progress=progress, console=console)
+    loggers: list[Logger] = [TensorBoardLogger(save_dir=run, name="", version="tensorboard")]
+    if wandb_project is not None:
+        loggers.append(_wandb_logger(wandb_project, run))
+    _quiet_lightning()
+    accelerator = {"auto": "auto", "cuda": "gpu"}.get(device, device)
+    on_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        devices=num_devices,
+        strategy="auto" if num_devices == 1 else "ddp",
+        precision={"auto": "bf16-mixed" if on_gpu else "32-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[precision],
+        max_steps=stop_at,
+        max_epochs=-1,
+        gradient_clip_val=config.train.grad_clip,
+        val_check_interval=config.train.val_every,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if len(val_windows) else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config.train.log_every,
+        logger=loggers,
+        callbacks=[keeper],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # BatchStream deals the windows out to the ranks
+        default_root_dir=run,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*(treespec|in eval mode at the start).*")
+        trainer.fit(module, data, ckpt_path=str(state) if state else None, weights_only=True)
+    return run
+
+
+class Keeper(L.Callback):
+    """Keeps what was trained: metrics, checkpoints, a stop at the first loss that is not finite, and at Ctrl-C."""
+
+    def __init__(self, module, config: Config, run: Path, windows, *, keep: int, stop_at: int, progress: bool, console: Console):
+        self.config, self.run, self.windows = config, run, windows
+        self.keep, self.stop_at, self.console = keep, stop_at, console
+        self.metrics: dict[str, float] = {}
+        self._losses: dict[int, torch.Tensor] = {}
+        self._asked_to_stop = False
+        self._bar = (
+            Progress(
+                TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
+            )
+            if progress
+            else None
+        )
+
+    def on_train_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        self._began, self._first_step = time.perf_counter(), trainer.global_step
+        self._stream = trainer.datamodule.stream()
+        if trainer.is_global_zero:
+            _forget_rows_after(self.run / "metrics.csv", trainer.global_step)
+        if self._bar and trainer.is_global_zero:
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=self.stop_at, completed=trainer.global_step, shown="")
+        self._handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._handlers[number] = signal.signal(number, self._stop_soon)
+            except ValueError:  # not in the main thread: whoever runs us handles signals
+                break
+
+    def _stop_soon(self, number, frame) -> None:
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
+        self._asked_to_stop = True
+        self.console.print("\nstopping after this step and saving; press Ctrl-C again to stop at once without saving")
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: PolicyModule, outputs, batch, batch_idx) -> None:
+        step, config = trainer.global_step, self.config.train
+        self._losses[step] = module.last_loss
+        last = step >= self.stop_at or self._asked_to_stop
+        if step % config.log_every == 0 or step == 1 or last or step % config.checkpoint_every == 0:
+            # one synchronisation for all the losses since the last look, and before anything is saved
+            losses = torch.stack(list(self._losses.values())).tolist()
+            for at, loss in zip(self._losses, losses, strict=True):
+                if not math.isfinite(loss):
+                    self._name_bad_batch(at, loss)
+            self._losses.clear()
+            rate = (step - self._first_step) / (time.perf_counter() - self._began)
+            row = {"train/loss": sum(losses) / len(losses), "train/lr": trainer.optimizers[0].param_groups[0]["lr"], "train/steps_per_s": rate}
+            self.metrics.update({"train/loss": row["train/loss"]})
+            if trainer.is_global_zero and (step % config.log_every == 0 or last):
+                self._log(trainer, step, row)
+            if self._bar and trainer.is_global_zero:
+                shown = f"loss {row['train/loss']:.4f}" + "".join(
+                    f"  val {self.metrics[k]:.4f}" for k in ("val/action_mse",) if k in self.metrics
+                )
+                self._bar.update(self._task, completed=step, shown=shown)
+        if step % config.checkpoint_every == 0 or last:
+            self._save(trainer, module)
+        if self._asked_to_stop:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        row = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        self.metrics.update(row)
+        if trainer.is_global_zero:
+            _append_row(self.run / "metrics.csv", trainer.global_step, row)
+
+    def teardown(self, trainer: L.Trainer, module: PolicyModule, stage: str) -> None:
+        if self._bar:
+            self._bar.stop()
+        for number, handler in getattr(self, "_handlers", {}).items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _log(self, trainer: L.Trainer, step: int, row: dict[str, float]) -> None:
+        _append_row(self.run / "metrics.csv", step, row)
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=step)
+
+    def _save(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        folder = self.run / "checkpoints" / f"step_{trainer.global_step:06d}"
+        if trainer.world_size > 1:
+            # every rank takes part in gathering the state, rank 0 writes it
+            state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            write = lambda path: torch.save(state, path / TRAINING_STATE)
+        else:
+            write = lambda path: trainer.save_checkpoint(path / TRAINING_STATE)
+        if not trainer.is_global_zero:
+            return
+        save_policy(module.ema, self.config, folder, step=trainer.global_step, metrics=self.metrics, write_more=write)
+        for old in list_checkpoints(self.run)[: -self.keep]:
+            shutil.rmtree(old)
+
+    def _name_bad_batch(self, step: int, loss: float) -> None:
+        windows = self._stream.windows(step - 1).tolist()
+        arrays = self.windows.arrays
+        for window in windows:  # a window with a number that is not finite explains it
+            batch = self.windows.batch(torch.tensor([window]))
+            for key, value in [*batch.obs.items(), (ACTION, batch.actions)]:
+                if arrays[key].is_floating_point() and not torch.isfinite(value).all():
+                    raise FloatingPointError(
+                        f"loss is {loss} at step {step}: {key} is not finite in {self.windows.describe(window)}; "
+                        f"see `diffpolicy data validate {self.config.data.path}`"
+                    )
+        raise FloatingPointError(
+            f"loss is {loss} at step {step} although its batch is finite (windows from {self.windows.describe(windows[0])} "
+            f"to {self.windows.describe(windows[-1])}); lower train.lr or set train.grad_clip. "
+            "The last checkpoint is from before that step"
+        )
+
+
+def load_resume_config(run: str | Path) -> Config:
+    """The Config of a run folder's latest checkpoint."""
+    return load_config_of(_resumable_state(Path(run)).parent)
+
+
+def _resumable_state(run: Path) -> Path:
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise FileNotFoundError(f"{run} is not a run folder that can be resumed: it has no checkpoints/step_*")
+    state = checkpoints[-1] / TRAINING_STATE
+    if not state.exists():
+        raise FileNotFoundError(f"{state} is missing; a run can only be resumed from it")
+    return state
+
+
+def _rows_of(buffer: ReplayBuffer, episodes):
+    import numpy as np
+
+    return np.concatenate([np.arange(s.start, s.stop) for s in map(buffer.episode_slice, episodes)])
+
+
+def _new_run(runs: Path, config: Config, name: str | None) -> Path:
+    run = runs / config.task / (name or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    if run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} exists; resume it with `diffpolicy train --resume {run}` or choose another --name")
+    run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def _describe_run(run: Path, config: Config) -> None:
+    """config.yaml and environment.json: the run folder explains itself."""
+    OmegaConf.save(OmegaConf.create(config.to_dict()), run / "config.yaml")
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    environment = {
+        "command": sys.argv,
+        "started": datetime.datetime.now().isoformat(timespec="seconds"),
+        "diffpolicy": __version__,
+        "commit": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    (run / "environment.json").write_text(json.dumps(environment, indent=2))
+
+
+def _append_row(file: Path, step: int, row: dict[str, float]) -> None:
+    new = not file.exists()
+    with open(file, "a", newline="") as handle:
+        writer = csv.DictWriter(handle, METRICS)
+        if new:
+            writer.writeheader()
+        writer.writerow({"step": step} | {k: f"{v:.6g}" for k, v in row.items()})
+
+
+def _forget_rows_after(file: Path, step: int) -> None:
+    """Rows that an interrupted run wrote after its last checkpoint will be written again."""
+    if not file.exists():
+        return
+    with open(file, newline="") as handle:
+        rows = [row for row in csv.DictReader(handle) if int(row["step"]) <= step]
+    partial = file.with_suffix(".partial")
+    with open(partial, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, METRICS)
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(file)
+
+
+def _wandb_logger(project: str, run: Path) -> Logger:
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("wandb", "wandb") from None
+    from lightning.pytorch.loggers import WandbLogger
+
+    return WandbLogger(project=project, save_dir=run, name="/".join(run.parts[-2:]))
+
+
+def _quiet_lightning() -> None:
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
