@@ -124,7 +124,7 @@ def open_root(path: str | os.PathLike, *, writable: bool = False) -> zarr.Group:
         return zarr.open_group(store, mode="r+" if writable else "r", use_consolidated=False)
     except OSError as error:
         if isinstance(error, FileNotFoundError) or isinstance(error, ValueError):  # zarr: no group here
-            raise ValueError(f"{path} has no zarr group at its top: {error}") from error
+            raise ValueError(f"{path} has no zarr group at its top, so it is not a replay store") from error
         raise OSError(error.errno, f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # zarr raises KeyError, TypeError, JSONDecodeError, ... for damaged metadata
         raise ValueError(f"{path} has unreadable zarr metadata at its top: {_one_line(error)}") from error
