@@ -233,3 +233,10 @@ def _check_sizes(env: RobotEnv, index: int, states, actions, state_key: str, act
         )
     if len(states) != len(actions):
         raise ValueError(f"episode {index} must have as many states as actions, got {len(states)} and {len(actions)}")
+    for key, values in ((state_key, states), (action_key, actions)):
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            step, dim = bad[0].tolist()
+            raise ValueError(
+                f"episode {index}: {key}[{step}, {dim}] is {values[step, dim]}; replay others with episodes=..."
+            )

@@ -2,7 +2,8 @@
 
 Chi et al. 2023, Diffusion Policy, arXiv:2303.04137; the simulator is gym-pusht (an extra). Bodies, colours and pens are
 gym-pusht's; the control loop and the coverage are written in plain floats, which leaves every state identical to the
-last bit (tested). Positions are pixels of a 512 x 512 world with y downwards, angles are radians.
+last bit (tested). Positions are pixels of a 512 x 512 world with y downwards, angles are radians. The file is longer
+than most because it holds all of one world: episodes, physics, pictures, then the geometry of the T.
 
     world 512 x 512                           the T in its own frame, position = (0, 0), y downwards
     +-------------------+                       (-60, 0) +-----------+ (60, 0)
