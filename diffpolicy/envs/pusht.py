@@ -114,10 +114,13 @@ class PushtEnv(RobotEnv):
         self._sim = _load_simulator()
         self._canvas = None  # made when the first picture is drawn
         self._target = None  # (x, y) of the last action, for render()
-        block_dim = 18 if self.config.environment_state == "keypoints" else 3
+        block_names = ("block_x", "block_y", "block_angle")
+        if self.config.environment_state == "keypoints":
+            block_names = tuple(f"keypoint{i}_{axis}" for i in range(len(KEYPOINTS)) for axis in "xy")
+        self.observation_names = {STATE: ("agent_x", "agent_y"), ENVIRONMENT_STATE: block_names}
         spaces = {
-            STATE: gym.spaces.Box(-np.inf, np.inf, (2,), np.float32),
-            ENVIRONMENT_STATE: gym.spaces.Box(-np.inf, np.inf, (block_dim,), np.float32),
+            key: gym.spaces.Box(-np.inf, np.inf, (len(names),), np.float32)
+            for key, names in self.observation_names.items()
         }
         if self.config.pixels:
             size = self.config.image_size

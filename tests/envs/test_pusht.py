@@ -233,6 +233,8 @@ def test_observations_and_actions_lie_in_their_spaces(config):
     obs, _ = env.reset(seed=0)
     assert env.observation_space.contains(obs)
     assert env.observation_space.contains(env.step(env.action_space.sample())[0])
+    for key, names in env.observation_names.items():
+        assert obs[key].shape == (len(names),)
     if config.pixels:
         assert obs[TOP_CAMERA].shape == (48, 48, 3) and obs[TOP_CAMERA].dtype == np.uint8
 
@@ -266,6 +268,8 @@ def test_render_marks_the_target_where_action_to_pixels_says():
     assert tuple(without[int(row), int(column)]) == (255, 255, 255)
     assert tuple(with_mark[int(row), int(column)]) == (255, 0, 0)
     assert env.action_to_pixels(np.zeros((4, 16, 2))).shape == (4, 16, 2)
+    env.reset(seed=0)
+    np.testing.assert_array_equal(env.render(), without)
 
 
 # --- goals and ends ---
