@@ -9,9 +9,9 @@ A denoiser is an nn.Module built as `Class(config, action_dim=, pred_horizon=, c
 velocity) is the process's business. The tests of this family run on whatever is listed here.
 """
 
-from .mlp import MlpConfig, MlpDenoiser
-from .transformer import DiffusionTransformer, TransformerConfig
-from .unet import ConditionalUnet1d, UnetConfig
+from diffpolicy.denoisers.mlp import MlpConfig, MlpDenoiser
+from diffpolicy.denoisers.transformer import DiffusionTransformer, TransformerConfig
+from diffpolicy.denoisers.unet import ConditionalUnet1d, UnetConfig
 
 DENOISERS = {
     "unet": (UnetConfig, ConditionalUnet1d),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..spec import Condition, ConditionSpec
-from .embedding import check_chunk, check_embedding_dim, sinusoidal_embedding
+from diffpolicy.denoisers.embedding import check_chunk, check_embedding_dim, sinusoidal_embedding
+from diffpolicy.spec import Condition, ConditionSpec
 
 INIT_STD = 0.02
 """Spread of the initial weights, GPT-2's."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..spec import Condition, ConditionSpec
-from .embedding import SinusoidalEmbedding, check_chunk, check_embedding_dim
+from diffpolicy.denoisers.embedding import SinusoidalEmbedding, check_chunk, check_embedding_dim
+from diffpolicy.spec import Condition, ConditionSpec
 
 FINAL_GROUPS = 8
 """Groups of the last convolution's norm: the reference leaves them at 8 whatever n_groups says."""
@@ -41,7 +41,7 @@ class UnetConfig:
             )
         if self.n_groups < 1 or any(dim < 1 or dim % self.n_groups for dim in self.down_dims):
             raise ValueError(
-                f"denoiser.n_groups must divide every entry of denoiser.down_dims = {self.down_dims}, got {self.n_groups}"
+                f"denoiser.n_groups must divide every entry of denoiser.down_dims={self.down_dims}, got {self.n_groups}"
             )
         if self.down_dims[0] % FINAL_GROUPS:
             raise ValueError(
@@ -127,7 +127,7 @@ class ConditionalUnet1d(nn.Module):
     Chi et al. 2023, arXiv:2303.04137, section IV-A. Same numbers and state-dict keys as the authors' ConditionalUnet1D,
     so that their checkpoints load. The condition's global vector is used, its tokens are not.
 
-        x_t --> down 0 (T) --> down 1 (T/2) --> down 2 (T/4) --> mid, mid --> up 0 (T/4 to T/2) --> up 1 (T/2 to T) --> x
+        x_t --> down 0 (T) --> down 1 (T/2) --> down 2 (T/4) --> mid, mid --> up 0 (T/4 to T/2) --> up 1 (T/2 to T)
                                     |                |                          |                     |
                                     |                +---------- skip ----------+                     |
                                     +--------------------------- skip --------------------------------+

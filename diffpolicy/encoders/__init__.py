@@ -8,8 +8,8 @@ An encoder is an nn.Module built as `Class(config, spec=DataSpec, obs_horizon=T_
 States are concatenated in the order of spec.state_keys. The tests of this family run on whatever is listed here.
 """
 
-from .resnet import ResnetConfig, ResnetEncoder
-from .state import StateConfig, StateEncoder
+from diffpolicy.encoders.resnet import ResnetConfig, ResnetEncoder
+from diffpolicy.encoders.state import StateConfig, StateEncoder
 
 ENCODERS = {
     "state": (StateConfig, StateEncoder),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..spec import Condition, ConditionSpec, DataSpec, Observation, unknown_name
-from .state import concatenate_states, take_observation
+from diffpolicy.encoders.state import concatenate_states, take_observation
+from diffpolicy.spec import Condition, ConditionSpec, DataSpec, Observation, unknown_name
 
 PIXEL_STATS = {
     "centered": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # 0..255 onto [-1, 1], as the reference's image recipe
@@ -21,6 +21,8 @@ PIXEL_STATS = {
 CHANNELS_PER_GROUP = 16
 BACKBONE_DIM = 512
 """Channels that a ResNet-18 ends with."""
+BACKBONE_STRIDE = 32
+"""Pixels a side that become one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +222,12 @@ class ResnetEncoder(nn.Module):
 
 
 def crop_size(config: ResnetConfig, key: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """(h, w) in pixels that a camera of this shape is cropped to; None: it is not cropped."""
+    """(h, w) in pixels that a camera of this shape is cropped to; None: it is not cropped.
+
+    Raises:
+        ValueError: not a colour image, a crop that does not fit, or one so small that the spatial softmax is left
+            with a single row or column, which says nothing of the picture.
+    """
     if len(shape) != 3 or shape[2] != 3:
         raise ValueError(f"{key} must be (H, W, 3) in the data's spec, got {shape}")
     height, width = config.resize or shape[:2]
@@ -228,7 +235,13 @@ def crop_size(config: ResnetConfig, key: str, shape: tuple[int, ...]) -> tuple[i
         h, w = config.crop_size
         if h > height or w > width:
             raise ValueError(f"encoder.crop_size must fit into {key} of {(height, width)} pixels, got {(h, w)}")
-        return h, w
-    if config.crop_ratio is None:
-        return None
-    return max(1, round(height * config.crop_ratio)), max(1, round(width * config.crop_ratio))
+    elif config.crop_ratio is not None:
+        h, w = round(height * config.crop_ratio), round(width * config.crop_ratio)
+    else:
+        h, w = height, width
+    if min(h, w) <= BACKBONE_STRIDE:
+        raise ValueError(
+            f"{key} must have more than {BACKBONE_STRIDE} pixels a side after resize and crop, got {(h, w)}; "
+            "set encoder.resize to enlarge it"
+        )
+    return None if (h, w) == (height, width) else (h, w)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..spec import Condition, ConditionSpec, DataSpec, Observation
+from diffpolicy.spec import Condition, ConditionSpec, DataSpec, Observation
 
 
 @dataclass(frozen=True, kw_only=True)
