@@ -173,7 +173,7 @@ class ReplayBuffer:
                     f"{path}: data/{key} has {array.shape[0]} rows, but episode_ends says {self.num_steps}; "
                     f"see what else is wrong with: diffpolicy data validate {path}"
                 )
-        self._task_array = _meta_array(path, root, "episode_task") if self._attrs.get("format") == FORMAT else None
+        self._task_array = _meta_array(path, root, "episode_task") if self.is_ours else None
         self._task_ids = _task_ids(path, self._task_array, len(self._ends), len(self._tasks))
 
     @classmethod
@@ -256,6 +256,11 @@ class ReplayBuffer:
     @property
     def zarr_format(self) -> int:
         return self._root.metadata.zarr_format
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether `create` made it, so that it can be appended to and carries roles and instructions."""
+        return self._attrs.get("format") == FORMAT
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -199,7 +199,7 @@ class _Check:
             self.error(file, f"episode_ends must be a list of whole numbers, got {array.dtype} {array.shape}")
             return
         # A killed writer of ours may have grown the array by one entry that was never written.
-        values = self._read_meta(file, array, array.shape[0] - 1 if self.own else array.shape[0])
+        values = self._read_meta(file, array, max(array.shape[0] - self.own, 0))
         if values is None:
             return
         ends = values.astype(np.int64)
@@ -230,9 +230,11 @@ class _Check:
             self.error(name, f"the task of episode {i} is {ids[i]}, but there are {len(tasks)} tasks", episode=i)
 
     def _read_meta(self, name: str, array: zarr.Array, num_rows: int) -> np.ndarray | None:
-        if not self._all_there(name, array, max(num_rows, 0)):
+        if not self._all_there(name, array, num_rows):
             return None
         try:
+            for chunk in chunk_files(array, num_rows):
+                self._check_blosc_size(array, chunk)
             return np.asarray(array[...])
         except Exception as error:
             self.error(name, f"{name} cannot be decoded ({_short(error)})")

@@ -1,0 +1,253 @@
+"""`diffpolicy data`: look at, check and rewrite demonstrations. Everything heavy is imported where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from diffpolicy.replay import Progress, ReplayBuffer
+    from diffpolicy.spec import FieldSpec
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look at, check and rewrite demonstrations.")
+
+Store = Annotated[Path, typer.Argument(metavar="PATH", help="A replay store: a zarr folder, or a zip of one.")]
+
+FRAMES_SAMPLED = 32
+"""`info` looks at this many frames of a camera, not at all of them."""
+DIMS_SHOWN = 3
+
+
+@app.command()
+def info(path: Store) -> None:
+    """What is in a store: episodes, keys with their shapes and ranges, instructions.
+
+    Example: `diffpolicy data info data/pusht.zarr`
+    """
+    from rich.console import Console
+
+    from diffpolicy.replay import ReplayBuffer
+
+    buffer = ReplayBuffer.open(path)
+    console = Console()
+    console.print(_summary_table(buffer))
+    with _progress("reading") as progress:
+        keys = _key_table(buffer, progress)
+    console.print(keys)
+    if buffer.tasks:
+        console.print(_task_table(buffer))
+
+
+@app.command()
+def validate(path: Store) -> None:
+    """Reads every file of a store and says what is wrong with it: damaged files, NaN, lengths, black frames, ...
+
+    Exits with 1 if there are errors, with 0 if there are only warnings.
+
+    Example: `diffpolicy data validate data/pusht.zarr`
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from diffpolicy.validation import validate as find_faults
+
+    with _progress("checking") as progress:
+        findings = find_faults(path, progress)
+    console = Console()
+    for finding in findings:
+        style = "bold red" if finding.level == "error" else "yellow"
+        place = f"{finding.file}: " if finding.file else ""
+        console.print(Text.assemble((f"{finding.level:<8}", style), (place, "bold"), finding.message), soft_wrap=True)
+    num_errors = sum(finding.level == "error" for finding in findings)
+    num_warnings = len(findings) - num_errors
+    counts = f"{_count(num_errors, 'error')}, {_count(num_warnings, 'warning')}"
+    console.print(Text(f"{path}: {counts}", style="bold red" if num_errors else "bold green"), soft_wrap=True)
+    if num_errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def drop(
+    path: Store,
+    episodes: Annotated[str, typer.Option(help="Which to drop, counted from 0: `3,7-9`.")],
+    out: Annotated[Path | None, typer.Option(help="Write the rest here and leave PATH as it is.")] = None,
+) -> None:
+    """Rewrites a store without some episodes, in place or to `--out`. The episodes after them move up.
+
+    Example: `diffpolicy data drop demos.zarr --episodes 3,7-9`
+    """
+    from diffpolicy.replay import ReplayBuffer, drop_episodes
+
+    chosen = parse_episodes(episodes)
+    with _progress("rewriting") as progress:
+        drop_episodes(path, chosen, out, progress)
+    typer.echo(f"dropped {_count(len(chosen), 'episode')}: {_sizes(ReplayBuffer.open(out or path))}")
+
+
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A store of the field: zarr v2 or v3, a folder or a zip.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The store to write; must not exist yet.")],
+    fps: Annotated[float | None, typer.Option(help="Steps per second, where SRC does not say.")] = None,
+    task: Annotated[str, typer.Option(help="The instruction of all episodes that have none.")] = "",
+    role: Annotated[
+        list[str] | None, typer.Option(help="KEY=ROLE, once per key, as `img=observation.images.top`.")
+    ] = None,
+) -> None:
+    """Writes a store anew in our format: zarr v3, sharded and checksummed, pictures as uint8.
+
+    Example: `diffpolicy data convert pusht_cchi_v7_replay.zarr data/pusht.zarr --fps 10 --role
+    img=observation.images.top --task "push the T onto the goal"`
+    """
+    from diffpolicy.replay import ReplayBuffer
+    from diffpolicy.replay import convert as rewrite
+
+    roles = {}
+    for text in role or ():
+        key, equals, name = text.partition("=")
+        if not (key and equals and name):
+            raise ValueError(f"--role must read KEY=ROLE, as in img=observation.images.top, got {text!r}")
+        roles[key] = name
+    with _progress("converting") as progress:
+        rewrite(src, dst, fps=fps, roles=roles, task=task, progress=progress)
+    typer.echo(_sizes(ReplayBuffer.open(dst)))
+
+
+def parse_episodes(text: str) -> list[int]:
+    """`3,7-9` -> [3, 7, 8, 9], sorted, each once."""
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"episodes must read like 3,7-9 (counted from 0), got {text!r}")
+        low, high = int(first), int(last) if dash else int(first)
+        if high < low:
+            raise ValueError(f"a range of episodes must go up, got {part.strip()!r} in {text!r}")
+        chosen.update(range(low, high + 1))
+    return sorted(chosen)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Progress]:
+    """A bar that disappears when done, as progress(key, done, total); silent where the output is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(what, total=None)
+        yield lambda key, done, total: bars.update(bar, description=f"{what} {key}", completed=done, total=total)
+
+
+def _summary_table(buffer: ReplayBuffer):
+    import numpy as np
+    from rich.table import Table
+
+    from diffpolicy.replay import FORMAT_VERSION, list_files
+
+    lengths = buffer.episode_lengths
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    ours = f", diffpolicy format {FORMAT_VERSION}" if buffer.is_ours else ""
+    table.add_row("path", str(buffer.path))
+    table.add_row("format", f"zarr v{buffer.zarr_format}{ours}")
+    table.add_row("fps", f"{buffer.fps:g}" if buffer.fps else "unknown")
+    table.add_row("episodes", f"{buffer.num_episodes:,}")
+    table.add_row("steps", f"{buffer.num_steps:,}")
+    if buffer.fps:
+        table.add_row("duration", _duration(buffer.num_steps / buffer.fps))
+    if len(lengths):
+        table.add_row(
+            "lengths", f"{lengths.min()} / {np.median(lengths):g} / {lengths.max()} steps (min / median / max)"
+        )
+    table.add_row("on disk", _megabytes(sum(list_files(buffer.path).values())))
+    return table
+
+
+def _key_table(buffer: ReplayBuffer, progress: Progress):
+    from rich.table import Table
+
+    table = Table(title="keys", title_justify="left", title_style="bold", header_style="bold")
+    for name in ("key", "role", "one step", "dtype", "min .. max", "names, units"):
+        table.add_column(name, overflow="fold")
+    roles = buffer.roles
+    for key, spec in buffer.fields.items():
+        shape = "x".join(map(str, spec.shape)) or "1 number"
+        extent = _extent(buffer, key, spec) if buffer.num_episodes else ""
+        progress(key, 1, 1)
+        words = _shortened(list(spec.names), " ") + (f" [{spec.units}]" if spec.units else "")
+        table.add_row(key, roles.get(key, "-"), shape, spec.dtype, extent, words.strip() or "-")
+    return table
+
+
+def _task_table(buffer: ReplayBuffer):
+    from collections import Counter
+
+    from rich.table import Table
+
+    counts = Counter(buffer.episode_task(i) for i in range(buffer.num_episodes))
+    table = Table(title="instructions", title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("episodes", justify="right")
+    table.add_column("instruction", overflow="fold")
+    for task, count in counts.most_common():
+        table.add_row(f"{count:,}", task or "(none)")
+    return table
+
+
+def _extent(buffer: ReplayBuffer, key: str, spec: FieldSpec) -> str:
+    """Smallest and largest value of a key: per dimension for small vectors, of some frames for pictures."""
+    import numpy as np
+
+    from diffpolicy.replay import is_image
+
+    if is_image(spec):
+        rows = np.unique(np.linspace(0, buffer.num_steps - 1, FRAMES_SAMPLED).astype(int))
+        frames = np.stack([buffer.read(key, row, row + 1) for row in rows])
+        sampled = f" ({len(rows)} frames)" if len(rows) < buffer.num_steps else ""
+        return f"{_number(frames.min())} .. {_number(frames.max())}{sampled}"
+    if np.dtype(spec.dtype).kind not in "biuf":
+        return "-"
+    low = high = None
+    for start, stop in buffer.blocks(key):
+        flat = buffer.read(key, start, stop).reshape(stop - start, -1)  # (n, D)
+        with np.errstate(invalid="ignore"):
+            low = flat.min(axis=0) if low is None else np.minimum(low, flat.min(axis=0))
+            high = flat.max(axis=0) if high is None else np.maximum(high, flat.max(axis=0))
+    return _shortened([f"{_number(a)} .. {_number(b)}" for a, b in zip(low, high, strict=True)], "\n")
+
+
+def _shortened(parts: list[str], joint: str) -> str:
+    """All of a short list; the first few and how many more of a long one."""
+    if len(parts) <= 2 * DIMS_SHOWN:
+        return joint.join(parts)
+    return joint.join([*parts[:DIMS_SHOWN], f"... and {len(parts) - DIMS_SHOWN} more"])
+
+
+def _number(value: np.generic) -> str:
+    return f"{value:.4g}" if value.dtype.kind == "f" else str(value)
+
+
+def _sizes(buffer: ReplayBuffer) -> str:
+    return f"{buffer.path} has {_count(buffer.num_episodes, 'episode')}, {_count(buffer.num_steps, 'step')}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}" if number else f"no {what}s"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"
