@@ -42,6 +42,10 @@ MAX_SPEED = 500.0
 """Speed limit of the pusher's drive, px/s: 5 px in one physics step, so that it never jumps into a block."""
 PUSHER_MASS = 10.0
 """In block masses: heavy enough to hardly notice a block, finite so that the post and the edges stop it."""
+FRICTION = 1.2
+"""Of pusher and blocks; a contact has the product of the two. Rubber: a push at an angle does not slip off."""
+TURN_RESISTANCE = 4.0
+"""Times the moment of inertia of a uniform square: a block pushed beside its middle goes on rather than turning away."""
 
 BLOCK_COLOURS = {"red": (208, 40, 42), "blue": (38, 92, 204), "yellow": (238, 190, 24), "purple": (128, 60, 170)}
 ZONE_COLOURS = {"green": (46, 160, 70), "orange": (248, 130, 22), "pink": (236, 106, 180), "cyan": (36, 186, 206)}
@@ -80,7 +84,7 @@ class TabletopConfig:
     """Blocks on the table, 1 to 4: red, blue, yellow, purple."""
     num_zones: int = 2
     """Zones, 1 to 4: green, orange, pink, cyan."""
-    zone_radius: float = 48.0
+    zone_radius: float = 56.0
     """px; the task is done when the asked block's centre lies inside the asked zone."""
     max_steps: int = 120
     """Steps after which an episode is truncated; a demonstration takes about 50."""
@@ -95,8 +99,8 @@ class TabletopConfig:
         for name, known in (("num_blocks", BLOCK_COLOURS), ("num_zones", ZONE_COLOURS)):
             if not 1 <= getattr(self, name) <= len(known):
                 raise ValueError(f"env.{name} must be in [1, {len(known)}], got {getattr(self, name)}")
-        if not 20 <= self.zone_radius <= 48:
-            raise ValueError(f"env.zone_radius must be in [20, 48] px (larger zones meet), got {self.zone_radius}")
+        if not 20 <= self.zone_radius <= 60:
+            raise ValueError(f"env.zone_radius must be in [20, 60] px (larger zones meet), got {self.zone_radius}")
         for name in ("max_steps", "image_size", "render_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"env.{name} must be at least 1, got {getattr(self, name)}")
@@ -233,22 +237,24 @@ class TabletopEnv(RobotEnv):
         num_blocks, num_zones = self.config.num_blocks, self.config.num_zones
         asked_block, asked_zone = rng.integers(num_blocks), rng.integers(num_zones)
         pusher = (TABLE / 2 + rng.uniform(-40, 40), rng.uniform(455, 475))
-        post = (TABLE / 2 + rng.uniform(-20, 20), rng.uniform(365, 380))
-        slots = (rng.permutation(num_zones) + 0.5) * TABLE / num_zones
-        zones = np.stack([slots + rng.uniform(-15, 15, num_zones), rng.uniform(65, 85, num_zones)], axis=1)
+        post = (TABLE / 2 + rng.uniform(-20, 20), rng.uniform(370, 385))
+        slot = min(TABLE / num_zones, 190.0)
+        shift = min(15.0, slot / 2 - self.config.zone_radius)
+        zones_x = TABLE / 2 + (rng.permutation(num_zones) - (num_zones - 1) / 2) * slot
+        zones = np.column_stack([zones_x + rng.uniform(-shift, shift, num_zones), rng.uniform(72, 90, num_zones)])
         # The asked block comes first, the others where they neither touch nor stand in its way.
         blocks = np.empty((num_blocks, 2))
         others = [i for i in range(num_blocks) if i != asked_block]
-        spread = 146 if num_blocks <= 2 else 180
+        spread, clearance = (130, 100) if num_blocks <= 2 else (180, 80)  # more blocks need the room
         while True:
             blocks[:, 0] = TABLE / 2 + rng.uniform(-spread, spread, num_blocks)
-            blocks[:, 1] = rng.uniform(180, 230, num_blocks)
+            blocks[:, 1] = rng.uniform(195, 240, num_blocks)
             gaps = np.linalg.norm(blocks[:, None] - blocks[None], axis=-1) + TABLE * np.eye(num_blocks)
             if gaps.min() < 85:
                 continue
             way = zones[asked_zone] - blocks[asked_block]
             behind = blocks[asked_block] - 60 * way / np.linalg.norm(way)
-            if all(_distance_to_segment(blocks[i], behind, zones[asked_zone]) >= 80 for i in others):
+            if all(_distance_to_segment(blocks[i], behind, zones[asked_zone]) >= clearance for i in others):
                 break
         angles = rng.uniform(-0.5, 0.5, num_blocks)
         zeros = np.zeros(num_blocks)
@@ -295,7 +301,7 @@ class TabletopEnv(RobotEnv):
         shapes = [disc]
         for _ in range(self.config.num_blocks):
             side = 2 * BLOCK_HALF
-            body = pymunk.Body(1.0, pymunk.moment_for_box(1.0, (side, side)))
+            body = pymunk.Body(1.0, TURN_RESISTANCE * pymunk.moment_for_box(1.0, (side, side)))
             square = pymunk.Poly.create_box(body, (side, side))
             square.filter = pymunk.ShapeFilter(categories=_BLOCK, mask=_PUSHER | _BLOCK | _FIXED)
             self._blocks.append(body)
@@ -312,7 +318,7 @@ class TabletopEnv(RobotEnv):
         self._post.filter = pymunk.ShapeFilter(categories=_FIXED, mask=_PUSHER | _BLOCK)
         shapes.append(self._post)
         for shape in shapes[: 1 + self.config.num_blocks]:
-            shape.friction = 0.7
+            shape.friction = FRICTION
         self._things = [self._pusher, *self._blocks, ground, *shapes]
 
     def _renew_space(self) -> None:

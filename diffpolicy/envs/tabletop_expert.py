@@ -25,7 +25,9 @@ class TabletopDemonstratorConfig:
     speed_spread: float = 0.12
     """Standard deviation of an episode's pace, as a fraction."""
     noise: float = 5.0
-    """Standard deviation of the hand's wander on free ground, px; a third of it while pushing."""
+    """Standard deviation of the hand's wander on free ground, px."""
+    push_noise: float = 4.5
+    """The same while pushing: it shows how a block that drifts aside is brought back."""
     noise_memory: float = 0.85
     """Correlation of the wander from one step to the next."""
     detour: tuple[float, float] = (10.0, 45.0)
@@ -62,7 +64,7 @@ class TabletopDemonstrator:
         near = -BEHIND - 12 < along < -BLOCK_HALF / 2
         self._pushing = near and abs(aside) < (20.0 if self._pushing else 9.0)
         if self._pushing:
-            lead, noise = self.config.push_lead, self.config.noise / 3
+            lead, noise = self.config.push_lead, self.config.push_noise
             target = pusher + self._pace * lead * forward - 1.5 * aside * sideways
         else:
             lead, noise = self.config.approach_lead, self.config.noise
