@@ -148,6 +148,7 @@ def _progress(what: str) -> Iterator[Progress]:
 
 def _summary_table(buffer: ReplayBuffer):
     import numpy as np
+    from rich.markup import escape
     from rich.table import Table
 
     from diffpolicy.replay import FORMAT_VERSION, list_files
@@ -157,7 +158,7 @@ def _summary_table(buffer: ReplayBuffer):
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     ours = f", diffpolicy format {FORMAT_VERSION}" if buffer.is_ours else ""
-    table.add_row("path", str(buffer.path))
+    table.add_row("path", escape(str(buffer.path)))
     table.add_row("format", f"zarr v{buffer.zarr_format}{ours}")
     table.add_row("fps", f"{buffer.fps:g}" if buffer.fps else "unknown")
     table.add_row("episodes", f"{buffer.num_episodes:,}")
@@ -173,6 +174,7 @@ def _summary_table(buffer: ReplayBuffer):
 
 
 def _key_table(buffer: ReplayBuffer, progress: Progress):
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="keys", title_justify="left", title_style="bold", header_style="bold")
@@ -184,13 +186,14 @@ def _key_table(buffer: ReplayBuffer, progress: Progress):
         extent = _extent(buffer, key, spec) if buffer.num_episodes else ""
         progress(key, 1, 1)
         words = _shortened(list(spec.names), " ") + (f" [{spec.units}]" if spec.units else "")
-        table.add_row(key, roles.get(key, "-"), shape, spec.dtype, extent, words.strip() or "-")
+        table.add_row(*map(escape, (key, roles.get(key, "-"), shape, spec.dtype, extent, words.strip() or "-")))
     return table
 
 
 def _task_table(buffer: ReplayBuffer):
     from collections import Counter
 
+    from rich.markup import escape
     from rich.table import Table
 
     counts = Counter(buffer.episode_task(i) for i in range(buffer.num_episodes))
@@ -198,7 +201,7 @@ def _task_table(buffer: ReplayBuffer):
     table.add_column("episodes", justify="right")
     table.add_column("instruction", overflow="fold")
     for task, count in counts.most_common():
-        table.add_row(f"{count:,}", task or "(none)")
+        table.add_row(f"{count:,}", escape(task or "(none)"))
     return table
 
 

@@ -466,7 +466,7 @@ class ReplayBuffer:
     def _warn_of_leftovers(self, fate: str) -> None:
         rows = max(array.shape[0] for array in self._arrays.values()) - self.num_steps
         if rows > 0 or self._ends_array.shape[0] > self.num_episodes:
-            why = "its writer was killed, or is still at work"
+            why = "its writer was stopped, or is still at work"
             warnings.warn(
                 f"{self.path}: episode {self.num_episodes} was not finished ({why}); its {rows} rows are {fate}",
                 stacklevel=4 if fate == "trimmed" else 3,

@@ -164,7 +164,7 @@ class _Check:
             parts = file.split("/")
             folders = ["/".join(parts[:n]) for n in range(1, len(parts))]
             if file.endswith(".partial"):
-                self.warn(file, "left by a killed writer; the next writer removes it")
+                self.warn(file, "left by a writer that was killed; the next writer removes it")
             elif parts[-1] in METADATA_FILES or parts[-1] == LOCK_FILE or parts[0] not in ("data", "meta"):
                 continue
             elif not any(folder in arrays or folder in reported for folder in folders):
@@ -251,12 +251,15 @@ class _Check:
         if count > 2 * stored + 1000:  # a damaged shape; listing every missing file would take forever
             self.error(name, f"{name} {array.shape} should lie in {count:.0f} files, got {stored}", key=_key_of(name))
             return False
+        fix = f"`diffpolicy data convert {self.path} DST` makes it whole"
+        hint = "" if self.own else f" (some writers leave out chunks of nothing else: if this one did, {fix})"
         missing = [chunk for chunk in chunk_files(array, num_rows) if chunk.name not in self.files]
         for chunk in missing[:MOST_PER_KIND]:
             rows = chunk.selection[0]
             self.error(
                 chunk.name,
-                f"the file is missing; zarr reads rows {rows.start}..{rows.stop - 1} of {name} as {array.fill_value}",
+                f"the file is missing; zarr reads rows {rows.start}..{rows.stop - 1} of {name} "
+                f"as {array.fill_value}{hint}",
                 episode=self._episode(rows.start),
                 key=_key_of(name),
                 row=rows.start,
