@@ -391,7 +391,7 @@ class _Check:
         if not len(dims):
             return
         shown = ", ".join(f"[{d}] = {low[d]:g}" for d in dims[:6]) + (", ..." if len(dims) > 6 else "")
-        plural = "dimension is" if len(low) == 1 else f"{len(dims)} of {len(low)} dimensions are"
+        plural = "its only dimension is" if len(low) == 1 else f"{len(dims)} of {len(low)} dimensions are"
         self.warn(f"data/{key}", f"{key}: {plural} the same in the whole set: {shown}", key=key)
 
     def _time_jumps(self, key: str, stamps: np.ndarray) -> None:
