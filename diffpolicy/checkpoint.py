@@ -1,9 +1,9 @@
 """A checkpoint is a folder: model.safetensors (EMA weights and normaliser) and config.json; loading runs no foreign code.
 
-    runs/<task>/<name>/checkpoints/step_001000/
-        model.safetensors     the policy to use
-        config.json           config, data spec, step, metrics
-        training_state.ckpt   for exact resume: live weights, optimiser, schedule, loop (may be deleted)
+runs/<task>/<name>/checkpoints/step_001000/
+    model.safetensors     the policy to use
+    config.json           config, data spec, step, metrics
+    training_state.ckpt   for exact resume: live weights, optimiser, schedule, loop (may be deleted)
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffpolicy import __version__
-from diffpolicy.config import Config, build_policy, config_from_dict
+from diffpolicy.config import Choice, Config, build_policy, choose, config_from_dict
+from diffpolicy.foreign import LinearMap, load_reference_checkpoint, reference_policy_parts
 from diffpolicy.policies import DiffusionPolicy
-from diffpolicy.spec import DataSpec
+from diffpolicy.processes import SamplerConfig
+from diffpolicy.processes.diffusion import DiffusionConfig
+from diffpolicy.spec import ACTION, ENVIRONMENT_STATE, IMAGES, STATE, DataSpec, FieldSpec, Horizons, unknown_name
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, TRAINING_STATE = "model.safetensors", "config.json", "training_state.ckpt"
@@ -75,7 +78,11 @@ def save_policy(
         partial.rename(path)
         if old is not None:
             shutil.rmtree(old)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own types
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors wrap a full disk in their own types
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"checkpoint {path} could not be written: {error}; earlier checkpoints are intact") from error
     return path
@@ -130,7 +137,7 @@ def read_description(path: str | Path) -> dict:
 
 def load_config_of(path: str | Path) -> Config:
     """The Config that a checkpoint was trained with."""
-    return config_from_dict(read_description(path)["config"], {})
+    return config_from_dict(read_description(path)["config"])
 
 
 def load_policy(path: str | Path, device: str | torch.device = "cpu") -> DiffusionPolicy:
@@ -145,7 +152,11 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Diffusi
         spec = DataSpec(**described["spec"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG} is damaged: spec: {error}") from error
-    policy = build_policy(config_from_dict(described["config"], {}), spec)
+    config = config_from_dict(described["config"])
+    if getattr(config.encoder.options, "weights", None) is not None:  # they are in the checkpoint: read no other file
+        options = dataclasses.replace(config.encoder.options, weights=None)
+        config = dataclasses.replace(config, encoder=Choice(config.encoder.name, options))
+    policy = build_policy(config, spec)
     try:
         weights = load_file(folder / WEIGHTS)
     except FileNotFoundError:
@@ -164,3 +175,79 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Diffusi
     policy.load_state_dict(weights)
     policy.normalizer.require_fitted()
     return policy.to(device).eval()
+
+
+REFERENCE_SCHEDULES = {"squaredcos_cap_v2": "cosine", "linear": "linear", "scaled_linear": "scaled_linear"}
+"""diffusers' beta_schedule -> our schedule of the same betas."""
+
+
+def import_reference_checkpoint(file: str | Path, out: str | Path, *, roles: dict[str, str] | None = None) -> Path:
+    """A .ckpt of the original Diffusion Policy -> a checkpoint folder of ours; nothing in it is executed.
+
+    Args:
+        roles: the checkpoint's observation names -> our roles; several roles share one vector as `role:numbers,...`.
+            Known without it are those of Push-T: `obs` (9 keypoints, then the pusher), `image` and `agent_pos`.
+    Raises:
+        ValueError: not such a checkpoint, one that would run code, or a variant that has no counterpart here.
+    """
+    parts = reference_policy_parts(load_reference_checkpoint(file))
+    looks_like_pusht = parts.action_dim == 2 and (
+        parts.state_shapes == {"obs": (20,)}
+        or set(parts.state_shapes) | set(parts.image_shapes) == {"image", "agent_pos"}
+    )
+    if roles is None and looks_like_pusht:
+        roles = {"obs": f"{ENVIRONMENT_STATE}:18,{STATE}:2", "image": f"{IMAGES}top", "agent_pos": STATE}
+    roles = roles or {}
+    fields: dict[str, FieldSpec] = {}
+    statistics = {ACTION: parts.normalizer["action"]}
+    for name, shape in parts.image_shapes.items():
+        fields[roles.get(name, IMAGES + name)] = FieldSpec(shape=shape, dtype="uint8")
+    for name, shape in parts.state_shapes.items():
+        scale, offset, start = parts.normalizer[name].scale, parts.normalizer[name].offset, 0
+        for role in roles.get(name, STATE if len(parts.state_shapes) == 1 else f"observation.{name}").split(","):
+            role, _, size = role.partition(":")
+            stop = start + int(size) if size else shape[0]
+            fields[role] = FieldSpec(shape=(stop - start,), dtype="float32")
+            statistics[role] = LinearMap(scale[start:stop], offset[start:stop])
+            start = stop
+        if start != shape[0]:
+            raise ValueError(f"the roles of {name!r} cover {start} of its {shape[0]} numbers")
+    fields[ACTION] = FieldSpec(shape=(parts.action_dim,), dtype="float32")
+    scheduler = parts.noise_scheduler
+    if parts.beta_schedule not in REFERENCE_SCHEDULES:
+        raise unknown_name(f"{file}: beta_schedule", parts.beta_schedule, REFERENCE_SCHEDULES)
+    if parts.beta_schedule != "squaredcos_cap_v2" and (scheduler.get("beta_start"), scheduler.get("beta_end")) != (
+        1e-4,
+        0.02,
+    ):
+        raise ValueError(
+            f"{file}: beta_start and beta_end must be 1e-4 and .02 for {parts.beta_schedule}, got {scheduler}"
+        )
+    config = Config(
+        task="imported",
+        horizons=Horizons(obs=parts.obs_horizon, pred=parts.pred_horizon, act=parts.act_horizon, past=parts.past),
+        encoder=Choice(parts.encoder, parts.encoder_config),
+        denoiser=Choice(parts.kind, parts.denoiser_config),
+        process=Choice(
+            "diffusion",
+            DiffusionConfig(
+                schedule=REFERENCE_SCHEDULES[parts.beta_schedule],
+                num_train_timesteps=parts.num_train_timesteps,
+                prediction_type=parts.prediction_type,
+            ),
+        ),
+        sampler=SamplerConfig(
+            name="ddpm",
+            num_inference_steps=parts.num_inference_steps,
+            clip_sample=1.0 if scheduler.get("clip_sample", True) else None,
+        ),
+        env=choose("env", "pusht", {"pixels": bool(parts.image_shapes)}) if looks_like_pusht else None,
+    )
+    policy = build_policy(config, DataSpec(fields=fields, fps=10.0 if looks_like_pusht else None))
+    policy.denoiser.load_state_dict(parts.denoiser_state)
+    if parts.encoder_state:
+        policy.encoder.load_state_dict(parts.encoder_state)
+    for role, known in statistics.items():
+        policy.normalizer.set(role, known.scale, known.offset)
+    policy.normalizer.require_fitted()
+    return save_policy(policy, config, out, metrics={})

@@ -164,6 +164,22 @@ def config_from_dict(plain: dict, origin: dict[str, str] | None = None) -> Confi
     return config
 
 
+def choose(section: str, name: str, options: dict | Sequence[str] = ()) -> Choice:
+    """A member of a family from a name and options, as a dict or as `key=value` texts; checked like a config file.
+
+    Raises:
+        ValueError: unknown name, key or a value of the wrong type, with the nearest right one.
+    """
+    if not isinstance(options, dict):
+        for option in options:
+            if "=" not in option:
+                raise ValueError(f"an option of {section} must read key=value, got {option!r}")
+        options = OmegaConf.to_container(OmegaConf.from_dotlist(list(options)))
+    if name not in FAMILIES[section]:
+        raise unknown_name(section, name, FAMILIES[section])
+    return Choice(name, _build(FAMILIES[section][name][0], options, section, {}))
+
+
 def build_policy(config: Config, spec: DataSpec) -> DiffusionPolicy:
     """The policy that a config describes, for data of this spec; weights random, statistics missing."""
     encoder_class, denoiser_class, process_class = (
@@ -204,7 +220,9 @@ def find_yaml(file: str | Path) -> Path:
             if candidate.is_file():
                 return candidate
     shipped = sorted("conf/" + p.relative_to(conf).as_posix() for p in conf.rglob("*.yaml"))
-    raise FileNotFoundError(str(unknown_name(f"config file {str(file)!r} does not exist; a shipped one", str(file), shipped)))
+    raise FileNotFoundError(
+        str(unknown_name(f"config file {str(file)!r} does not exist; a shipped one", str(file), shipped))
+    )
 
 
 def _stack(merged: dict, layer: dict, source: str, origin: dict[str, str]) -> None:
@@ -212,8 +230,11 @@ def _stack(merged: dict, layer: dict, source: str, origin: dict[str, str]) -> No
         if key in FAMILIES and isinstance(value, str):
             value = {"name": value}
         current = merged.get(key)
-        renames = key in FAMILIES and isinstance(value, dict) and isinstance(current, dict) and (
-            value.get("name", current.get("name")) != current.get("name")
+        renames = (
+            key in FAMILIES
+            and isinstance(value, dict)
+            and isinstance(current, dict)
+            and (value.get("name", current.get("name")) != current.get("name"))
         )
         if isinstance(value, dict) and isinstance(current, dict) and not renames:
             _merge(current, value)
@@ -271,7 +292,11 @@ def _flat(nested: dict, prefix: str = "") -> dict:
 
 def _as_annotated(value: Any, hint: Any) -> Any:
     """Lists become tuples where the annotation says tuple."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else [hint]
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else [hint]
+    )
     wants_tuple = any(typing.get_origin(o) is tuple or o is tuple for o in options)
     return tuple(value) if wants_tuple and isinstance(value, list) else value
 

@@ -66,9 +66,7 @@ class RecedingHorizon:
         chunk = self.policy.sample_actions(ready, generators=row_generators)  # (size, T_pred, D_act)
         return chunk[: hi - lo, self.policy.horizons.executed].cpu().double().numpy()
 
-    def select_action(
-        self, obs: dict[str, np.ndarray | str], generator: torch.Generator | None = None
-    ) -> np.ndarray:
+    def select_action(self, obs: dict[str, np.ndarray | str], generator: torch.Generator | None = None) -> np.ndarray:
         """The next action (D_act,) for one robot, physical units: the call inside a control loop.
 
         Args:

@@ -61,7 +61,9 @@ class Normalizer(nn.Module):
         """
         shape = tuple(self.shapes[key])
         if len(values) == 0 or tuple(values.shape[1:]) != shape:
-            raise ValueError(f"statistics of {key} need (N, {', '.join(map(str, shape))}) values, got {tuple(values.shape)}")
+            raise ValueError(
+                f"statistics of {key} need (N, {', '.join(map(str, shape))}) values, got {tuple(values.shape)}"
+            )
         x = values.double()
         if not torch.isfinite(x).all():
             row = int((~torch.isfinite(x.flatten(1))).any(dim=1).nonzero()[0])
@@ -98,7 +100,9 @@ class Normalizer(nn.Module):
         """Raises ValueError, naming the keys, where statistics are missing: data must never pass through unscaled."""
         missing = [key for key in self.shapes if not torch.isfinite(self._stat(key, "scale")).all()]
         if missing:
-            raise ValueError(f"normaliser statistics are missing for {missing}; fit them, or load a complete checkpoint")
+            raise ValueError(
+                f"normaliser statistics are missing for {missing}; fit them, or load a complete checkpoint"
+            )
 
     def normalize(self, key: str, x: Tensor) -> Tensor:
         """Physical units -> normalised; x is (..., *shape)."""

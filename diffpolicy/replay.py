@@ -22,6 +22,7 @@ This file is longer than most, because everything that touches zarr is meant to 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import uuid
@@ -35,6 +36,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync
 from zarr.storage import ZipStore
 
 from diffpolicy.spec import ACTION, IMAGES, STATE, FieldSpec, unknown_name
@@ -90,6 +92,23 @@ def to_uint8(frames: np.ndarray, key: str, first_row: int) -> np.ndarray:
 def _cast_uint8(frames: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # NaN becomes something, and then differs from itself
         return frames.astype(np.uint8)
+
+
+def settle() -> None:
+    """Waits until zarr has no reads or writes under way; call it when one has failed.
+
+    zarr works on many chunks at once and raises at the first that fails, while the others go on in its background thread.
+    A late write could then land on top of a later one, and tasks still pending when Python exits fill the screen.
+    """
+
+    async def wait() -> None:
+        for _ in range(10):  # what is under way may start more; other threads may go on reading for ever
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            if not tasks:
+                return
+            await asyncio.wait(tasks)
+
+    sync(wait())
 
 
 # Opening -------------------------------------------------------------------------------------------------------------
@@ -353,6 +372,7 @@ class ReplayBuffer:
         try:
             return np.asarray(array[start:stop])
         except Exception as error:  # codecs raise RuntimeError, ValueError, ... for damaged chunks
+            settle()
             raise ValueError(
                 f"{self.path}: {key}[{start}:{stop}] cannot be read ({_one_line(error)}); "
                 f"find the damage with: diffpolicy data validate {self.path}"
@@ -422,7 +442,10 @@ class ReplayBuffer:
             for meta, value in ((self._task_array, task_id), (self._ends_array, stop)):
                 meta.resize((index + 1,))
                 meta[index] = value
-        except OSError as error:
+        except BaseException as error:
+            settle()
+            if not isinstance(error, OSError):
+                raise
             raise OSError(
                 error.errno,
                 f"{self.path}: episode {index} could not be written ({error.strerror or error}); "
@@ -658,6 +681,7 @@ def _appears_whole(target: Path, replace: bool = False) -> Iterator[Path]:
             os.rename(target, old)
         os.rename(fresh, target)
     except BaseException as error:
+        settle()
         shutil.rmtree(fresh, ignore_errors=True)
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, f"{target} could not be written ({error.strerror or error})") from error

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from diffpolicy import plots
 from diffpolicy.envs import make_env
 from diffpolicy.envs.players import LocalPlayers, Played, ProcessPlayers
 from diffpolicy.executors import RecedingHorizon
@@ -99,7 +102,10 @@ def check_fit(spec: DataSpec, env_name: str, env_choices: dict) -> None:
             if got != wanted.shape:
                 raise ValueError(f"{key}: the checkpoint has shape {wanted.shape}, environment {env_name!r} has {got}")
         if spec.fps is not None and abs(spec.fps - env.fps) > 1e-6:
-            warnings.warn(f"the policy was trained at {spec.fps:g} Hz, environment {env_name!r} runs at {env.fps:g} Hz", stacklevel=2)
+            warnings.warn(
+                f"the policy was trained at {spec.fps:g} Hz, environment {env_name!r} runs at {env.fps:g} Hz",
+                stacklevel=2,
+            )
     finally:
         env.close()
 
@@ -195,7 +201,11 @@ def rollout(
     except KeyboardInterrupt:
         if not result.episodes:
             raise
-        warnings.warn(f"interrupted: {len(result.episodes)} of {len(seeds)} episodes are in the result", stacklevel=2)
+        warnings.warn(
+            f"interrupted: {len(result.episodes)} of {len(seeds)} episodes are in the result; short ones end first, so its "
+            "rates are biased",
+            stacklevel=2,
+        )
     finally:
         players.close()
     result.seconds = time.perf_counter() - began
@@ -204,7 +214,9 @@ def rollout(
     return result
 
 
-def measure_latency(executor: RecedingHorizon, env_name: str, env_choices: dict | None = None, num_calls: int = 30) -> dict:
+def measure_latency(
+    executor: RecedingHorizon, env_name: str, env_choices: dict | None = None, num_calls: int = 30
+) -> dict:
     """Wall time of a policy call for one observation, what a robot would wait for: percentiles in milliseconds."""
     policy = executor.policy
     choices = dict(env_choices or {}) | ({"pixels": True} if policy.spec.image_keys else {})
@@ -219,3 +231,27 @@ def measure_latency(executor: RecedingHorizon, env_name: str, env_choices: dict 
         alone.plan(obs, [torch.Generator().manual_seed(i)])
         times.append((time.perf_counter() - began) * 1e3)
     return percentiles(np.array(times[3:]))
+
+
+def write_rollout(result: RolloutResult, out: Path, described: dict, *, fps: float) -> Path:
+    """Writes results.json, videos/seed_*.mp4 and contact_sheet.png into the folder `out`.
+
+    Args:
+        described: how the rollout came about (checkpoint, environment, sampler, command), stored with the results.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / ".results.json.partial"
+    partial.write_text(json.dumps({**described, **result.to_dict()}, indent=2))
+    partial.replace(out / "results.json")
+    by_seed = {episode.seed: episode for episode in result.episodes}
+    for seed, frames in result.films.items():
+        plots.write_film(out / "videos" / f"seed_{seed}.mp4", frames, fps)
+    shown = [seed for seed in by_seed if seed in result.pictures]
+    if shown:
+        sheet = plots.contact_sheet(
+            [result.pictures[s] for s in shown],
+            [f"{s}  {by_seed[s].score:.2f}" for s in shown],
+            [by_seed[s].success for s in shown],
+        )
+        plots.write_png(out / "contact_sheet.png", sheet)
+    return out

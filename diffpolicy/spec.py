@@ -61,11 +61,11 @@ def unknown_name(what: str, got: object, known: Iterable[str]) -> ValueError:
 class Horizons:
     """How many steps are observed, predicted and executed.
 
-        step            -1   0   1   2   3   4   5   6   7   8  ...  14
-        observed         o   o                                              obs  = 2
-        predicted        a   a   a   a   a   a   a   a   a   a  ...   a     pred = 16
-        executed             x   x   x   x   x   x   x   x                  act  = 8
-                         ^ past = 1: predicted steps that lie before now
+    step            -1   0   1   2   3   4   5   6   7   8  ...  14
+    observed         o   o                                              obs  = 2
+    predicted        a   a   a   a   a   a   a   a   a   a  ...   a     pred = 16
+    executed             x   x   x   x   x   x   x   x                  act  = 8
+                     ^ past = 1: predicted steps that lie before now
     """
 
     obs: int = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import datetime
 import json
 import logging
@@ -92,14 +93,18 @@ def train(
         _describe_run(run, config)
     batch_size = min(config.train.batch_size, len(train_windows))
     if batch_size < config.train.batch_size:
-        console.print(f"train.batch_size={config.train.batch_size} is lowered to {batch_size}: there are no more windows")
+        console.print(
+            f"train.batch_size={config.train.batch_size} is lowered to {batch_size}: there are no more windows"
+        )
     num_parameters = sum(p.numel() for p in policy.parameters())
     console.print(
         f"[bold]{config.task}[/bold]: {len(training)} training and {len(validation)} validation episodes, "
         f"{len(train_windows):,} windows; {config.denoiser.name} with {config.process.name}, "
         f"{num_parameters:,} parameters; run folder {run}"
     )
-    keeper = Keeper(module, config, run, train_windows, keep=keep_checkpoints, stop_at=stop_at, progress=progress, console=console)
+    keeper = Keeper(
+        module, config, run, train_windows, keep=keep_checkpoints, stop_at=stop_at, progress=progress, console=console
+    )
     loggers: list[Logger] = [TensorBoardLogger(save_dir=run, name="", version="tensorboard")]
     if wandb_project is not None:
         loggers.append(_wandb_logger(wandb_project, run))
@@ -110,7 +115,12 @@ def train(
         accelerator=accelerator,
         devices=num_devices,
         strategy="auto" if num_devices == 1 else "ddp",
-        precision={"auto": "bf16-mixed" if on_gpu else "32-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[precision],
+        precision={
+            "auto": "bf16-mixed" if on_gpu else "32-true",
+            "32": "32-true",
+            "bf16": "bf16-mixed",
+            "fp16": "16-mixed",
+        }[precision],
         max_steps=stop_at,
         max_epochs=-1,
         gradient_clip_val=config.train.grad_clip,
@@ -137,7 +147,9 @@ def train(
 class Keeper(L.Callback):
     """Keeps what was trained: metrics, checkpoints, a stop at the first loss that is not finite, and at Ctrl-C."""
 
-    def __init__(self, module, config: Config, run: Path, windows, *, keep: int, stop_at: int, progress: bool, console: Console):
+    def __init__(
+        self, module, config: Config, run: Path, windows, *, keep: int, stop_at: int, progress: bool, console: Console
+    ):
         self.config, self.run, self.windows = config, run, windows
         self.keep, self.stop_at, self.console = keep, stop_at, console
         self.metrics: dict[str, float] = {}
@@ -145,12 +157,20 @@ class Keeper(L.Callback):
         self._asked_to_stop = False
         self._bar = (
             Progress(
-                TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
+                TextColumn("train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
             )
-            if progress
+            if progress and console.is_terminal
             else None
         )
+        self._lines = progress and not console.is_terminal
+        """Written to a file, progress is a line now and then."""
 
     def on_train_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         self._began, self._first_step = time.perf_counter(), trainer.global_step
@@ -185,15 +205,21 @@ class Keeper(L.Callback):
                     self._name_bad_batch(at, loss)
             self._losses.clear()
             rate = (step - self._first_step) / (time.perf_counter() - self._began)
-            row = {"train/loss": sum(losses) / len(losses), "train/lr": trainer.optimizers[0].param_groups[0]["lr"], "train/steps_per_s": rate}
+            row = {
+                "train/loss": sum(losses) / len(losses),
+                "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "train/steps_per_s": rate,
+            }
             self.metrics.update({"train/loss": row["train/loss"]})
             if trainer.is_global_zero and (step % config.log_every == 0 or last):
                 self._log(trainer, step, row)
+            shown = f"loss {row['train/loss']:.4f}"
+            if "val/action_mse" in self.metrics:
+                shown += f"  val action mse {self.metrics['val/action_mse']:.4f}"
             if self._bar and trainer.is_global_zero:
-                shown = f"loss {row['train/loss']:.4f}" + "".join(
-                    f"  val {self.metrics[k]:.4f}" for k in ("val/action_mse",) if k in self.metrics
-                )
                 self._bar.update(self._task, completed=step, shown=shown)
+            elif self._lines and trainer.is_global_zero and (step % config.checkpoint_every == 0 or last):
+                self.console.print(f"step {step}/{self.stop_at}  {shown}  {rate:.1f} steps/s", soft_wrap=True)
         if step % config.checkpoint_every == 0 or last:
             self._save(trainer, module)
         if self._asked_to_stop:
@@ -249,9 +275,12 @@ class Keeper(L.Callback):
         )
 
 
-def load_resume_config(run: str | Path) -> Config:
-    """The Config of a run folder's latest checkpoint."""
-    return load_config_of(_resumable_state(Path(run)).parent)
+def load_resume_config(run: str | Path, *, data_path: str | None = None) -> Config:
+    """The Config of a run folder's latest checkpoint; data_path says where the data lies now, if it moved."""
+    config = load_config_of(_resumable_state(Path(run)).parent)
+    if data_path is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data_path))
+    return config
 
 
 def _resumable_state(run: Path) -> Path:

@@ -78,7 +78,16 @@ def ema_decay(update: int, *, power: float, maximum: float) -> float:
 class BatchStream:
     """Batches from `start_step` on, without end: each epoch is a permutation drawn from (seed, epoch)."""
 
-    def __init__(self, dataset: WindowDataset, *, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        dataset: WindowDataset,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.dataset, self.seed, self.start_step = dataset, seed, start_step
         self.rank, self.world_size = rank, world_size
         self.batch_size = min(batch_size, max(1, len(dataset) // world_size))
@@ -185,8 +194,8 @@ class PolicyModule(L.LightningModule):
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        # global_step already counts the step just made; the reference counts its updates from 0
-        decay = ema_decay(self.global_step - 1, power=self.config.ema_power, maximum=self.config.ema_max)
+        # in this hook global_step still counts the updates before this one, as the reference does
+        decay = ema_decay(self.global_step, power=self.config.ema_power, maximum=self.config.ema_max)
         pairs = list(zip(self.ema.parameters(), self.policy.parameters(), strict=True))
         torch._foreach_lerp_([e for e, _ in pairs], [p.detach() for _, p in pairs], 1 - decay)
         for ema_buffer, buffer in zip(self.ema.buffers(), self.policy.buffers(), strict=True):

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffpolicy.replay import FORMAT, LOCK_FILE, MOST_EPISODES, Progress, file_shape, is_image, list_files, open_root
+from diffpolicy.replay import (
+    FORMAT,
+    LOCK_FILE,
+    MOST_EPISODES,
+    Progress,
+    file_shape,
+    is_image,
+    list_files,
+    open_root,
+    settle,
+)
 from diffpolicy.spec import ACTION, FieldSpec
 
 if TYPE_CHECKING:
@@ -237,6 +247,7 @@ class _Check:
                 self._check_blosc_size(array, chunk)
             return np.asarray(array[...])
         except Exception as error:
+            settle()
             self.error(name, f"{name} cannot be decoded ({_short(error)})")
             return None
 
@@ -329,6 +340,7 @@ class _Check:
                     self._check_blosc_size(array, chunk)
                     block = np.asarray(array[chunk.selection])
                 except Exception as error:  # codecs raise RuntimeError, ValueError, MemoryError, zlib.error, ...
+                    settle()
                     self._undecodable(key, chunk, error)
             blocks.append(block)
         if any(block is None for block in blocks):

@@ -1,10 +1,10 @@
 """Episodes -> windows of (observed frames, predicted actions); the index arithmetic is pure, the data lives in RAM or on the GPU.
 
-    row          start                      now                                      stop - 1
-    episode        |--------------------------|----------------------------------------|
-    observed                        [now - T_obs + 1 .. now]
-    predicted                  [now - past .. now - past + T_pred - 1]
-    mask           False where a row lies outside the episode; there the edge row is repeated
+row          start                      now                                      stop - 1
+episode        |--------------------------|----------------------------------------|
+observed                        [now - T_obs + 1 .. now]
+predicted                  [now - past .. now - past + T_pred - 1]
+mask           False where a row lies outside the episode; there the edge row is repeated
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def read_role(
         flat = values.reshape(len(values), -1)
         values = flat[:, chosen.dims]
         if values.shape[1] == 0:
-            raise ValueError(f"data.keys.{role}: {selection!r} takes nothing; {chosen.key} has {flat.shape[1]} numbers a step")
+            raise ValueError(
+                f"data.keys.{role}: {selection!r} takes nothing; {chosen.key} has {flat.shape[1]} numbers a step"
+            )
     return values.reshape(len(values), -1)
 
 

@@ -40,7 +40,9 @@ class EpisodePlayer:
 
     def start(self, seed: int, film: bool, picture: bool) -> Played:
         obs, _ = self.env.reset(seed=seed)
-        for _ in range(self._history.maxlen):  # before the first step the first frame is repeated, as in training windows
+        for _ in range(
+            self._history.maxlen
+        ):  # before the first step the first frame is repeated, as in training windows
             self._history.append(obs)
         self._film, self._picture = film, picture
         self._played = Played(obs=self._look())

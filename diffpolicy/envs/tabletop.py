@@ -84,7 +84,7 @@ class TabletopConfig:
     """Blocks on the table, 1 to 4: red, blue, yellow, purple."""
     num_zones: int = 2
     """Zones, 1 to 4: green, orange, pink, cyan."""
-    zone_radius: float = 56.0
+    zone_radius: float = 60.0
     """px; the task is done when the asked block's centre lies inside the asked zone."""
     max_steps: int = 120
     """Steps after which an episode is truncated; a demonstration takes about 50."""
@@ -238,19 +238,19 @@ class TabletopEnv(RobotEnv):
         asked_block, asked_zone = rng.integers(num_blocks), rng.integers(num_zones)
         pusher = (TABLE / 2 + rng.uniform(-40, 40), rng.uniform(455, 475))
         post = (TABLE / 2 + rng.uniform(-20, 20), rng.uniform(370, 385))
-        slot = min(TABLE / num_zones, 190.0)
+        slot = min(TABLE / num_zones, 210.0)
         shift = min(15.0, slot / 2 - self.config.zone_radius)
         zones_x = TABLE / 2 + (rng.permutation(num_zones) - (num_zones - 1) / 2) * slot
         zones = np.column_stack([zones_x + rng.uniform(-shift, shift, num_zones), rng.uniform(72, 90, num_zones)])
         # The asked block comes first, the others where they neither touch nor stand in its way.
         blocks = np.empty((num_blocks, 2))
         others = [i for i in range(num_blocks) if i != asked_block]
-        spread, clearance = (130, 100) if num_blocks <= 2 else (180, 80)  # more blocks need the room
+        spread, gap, clearance = (105, 130, 100) if num_blocks <= 2 else (180, 85, 80)  # more need the room, px
         while True:
             blocks[:, 0] = TABLE / 2 + rng.uniform(-spread, spread, num_blocks)
             blocks[:, 1] = rng.uniform(195, 240, num_blocks)
             gaps = np.linalg.norm(blocks[:, None] - blocks[None], axis=-1) + TABLE * np.eye(num_blocks)
-            if gaps.min() < 85:
+            if gaps.min() < gap:
                 continue
             way = zones[asked_zone] - blocks[asked_block]
             behind = blocks[asked_block] - 60 * way / np.linalg.norm(way)

@@ -27,7 +27,9 @@ def resolve_sampler(process: Process, config: SamplerConfig) -> str:
     name = process.samplers[0] if config.name == "auto" else config.name
     if name not in process.samplers:
         kind = next(n for n, (_, cls) in PROCESSES.items() if isinstance(process, cls))
-        raise ValueError(f"sampler.name={name} cannot sample process {kind!r}; it takes one of {list(process.samplers)}")
+        raise ValueError(
+            f"sampler.name={name} cannot sample process {kind!r}; it takes one of {list(process.samplers)}"
+        )
     return name
 
 
@@ -45,6 +47,14 @@ def sample(
 
 
 __all__ = [
-    "PROCESSES", "SAMPLERS", "SCHEDULES", "Denoise", "Generators", "Process", "SamplerConfig", "draw_noise",
-    "resolve_sampler", "sample",
+    "PROCESSES",
+    "SAMPLERS",
+    "SCHEDULES",
+    "Denoise",
+    "Generators",
+    "Process",
+    "SamplerConfig",
+    "draw_noise",
+    "resolve_sampler",
+    "sample",
 ]

@@ -86,7 +86,12 @@ def visited_steps(num_train_timesteps: int, num_inference_steps: int, spacing: s
 
 
 def sample_ddim(
-    process: Diffusion, denoise: Denoise, x_T: Tensor, condition: Condition, config: SamplerConfig, generators: Generators
+    process: Diffusion,
+    denoise: Denoise,
+    x_T: Tensor,
+    condition: Condition,
+    config: SamplerConfig,
+    generators: Generators,
 ) -> Tensor:
     """DDIM, Song et al. 2021, arXiv:2010.02502, Eq. 12 and 16.
 
@@ -110,7 +115,12 @@ def sample_ddim(
 
 
 def sample_ddpm(
-    process: Diffusion, denoise: Denoise, x_T: Tensor, condition: Condition, config: SamplerConfig, generators: Generators
+    process: Diffusion,
+    denoise: Denoise,
+    x_T: Tensor,
+    condition: Condition,
+    config: SamplerConfig,
+    generators: Generators,
 ) -> Tensor:
     """Ancestral sampling, Ho et al. 2020, arXiv:2006.11239, Eq. 7, with the posterior variance (fixed_small), by diffusers."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
