@@ -24,13 +24,10 @@ _PLACES = {
     "SamplerConfig": "processes",
     "RecedingHorizon": "executors",
     "make_env": "envs",
-    "rollout": "rollout",
     "load_config": "config",
     "build_policy": "config",
     "load_policy": "checkpoint",
     "save_policy": "checkpoint",
-    "train": "train",
-    "evaluate": "evaluate",
 }
 """Public name -> the module that defines it."""
 

@@ -82,7 +82,7 @@ def quickstart(*, out: Path, demonstrations: int, episodes: int, train_steps: in
     config = load_config(["conf/task/tabletop.yaml"], overrides)
     run = trainer.train(config, runs=out, device="cpu", console=console)
     console.rule("3 of 3: rollout on unseen starts")
-    result, results = evaluate(run, episodes=episodes, device="cpu", console=console)
+    _, results = evaluate(run, episodes=episodes, device="cpu", console=console)
     fan = draw_chunks(run, results / "sampled_chunks.png")
     minutes = (time.perf_counter() - began) / 60
     console.print(f"\n{minutes:.1f} minutes in all. Look at:")

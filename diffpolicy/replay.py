@@ -97,8 +97,8 @@ def _cast_uint8(frames: np.ndarray) -> np.ndarray:
 def settle() -> None:
     """Waits until zarr has no reads or writes under way; call it when one has failed.
 
-    zarr works on many chunks at once and raises at the first that fails, while the others go on in its background thread.
-    A late write could then land on top of a later one, and tasks still pending when Python exits fill the screen.
+    zarr works on many chunks at once and raises at the first that fails, while the others go on in its background
+    thread. Such a write could land on top of a later one, and tasks still pending when Python exits fill the screen.
     """
 
     async def wait() -> None:

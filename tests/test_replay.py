@@ -411,6 +411,51 @@ def test_a_full_or_forbidden_disk_is_named_and_the_writer_goes_on(tmp_path, monk
     assert_holds(ReplayBuffer.open(path), [0, 1, 5])
 
 
+def test_a_failed_append_returns_only_when_no_write_is_under_way(tmp_path, monkeypatch):
+    """zarr raises at the first failure; a write of the failed episode must not land on top of the next one."""
+    fields = {"img": FieldSpec(shape=(512, 512, 3), dtype="uint8"), "action": FieldSpec(shape=(1,), dtype="float32")}
+    write, under_way, finished = _local._put, [], []
+
+    def put(path, value, exclusive=False):
+        if path.name != "zarr.json":
+            if path.parts[-4] == "0":  # the first of three shards
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            under_way.append(path)
+            time.sleep(0.2)
+            finished.append(path)
+        return write(path, value, exclusive)
+
+    episode = {"img": np.zeros((40, 512, 512, 3), np.uint8), "action": np.zeros((40, 1), np.float32)}
+    with ReplayBuffer.create(tmp_path / "a.zarr", fields=fields, fps=10) as buffer:
+        buffer._arrays = {key: buffer._arrays[key] for key in ("img", "action")}  # the failing key first
+        with monkeypatch.context() as patch:
+            patch.setattr(_local, "_put", put)
+            with pytest.raises(OSError, match="No space left"):
+                buffer.append_episode(episode)
+            assert under_way == finished and len(finished) == 2
+
+
+READER = """
+import sys
+from diffpolicy.replay import ReplayBuffer
+try:
+    ReplayBuffer.open(sys.argv[1]).read("img")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_damaged_store_read_as_a_whole_is_one_error_and_nothing_else_on_the_screen(tmp_path):
+    fields = {"img": FieldSpec(shape=(96, 96, 3), dtype="uint8")}
+    with ReplayBuffer.create(tmp_path / "a.zarr", fields=fields, fps=10) as buffer:
+        buffer.append_episode({"img": np.random.default_rng(0).integers(0, 256, (1500, 96, 96, 3)).astype(np.uint8)})
+    with open(tmp_path / "a.zarr/data/img/c/0/0/0/0", "r+b") as file:
+        file.write(bytes(1000))
+    done = subprocess.run([sys.executable, "-c", READER, tmp_path / "a.zarr"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1 and "img[0:1500] cannot be read" in done.stdout
+
+
 def test_leftovers_are_ignored_by_readers_and_trimmed_by_writers_aloud(tmp_path):
     path = make_store(tmp_path / "a.zarr", 2)
     array = zarr.open_group(path, mode="r+")["data/img"]

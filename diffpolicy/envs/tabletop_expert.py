@@ -22,19 +22,15 @@ class TabletopDemonstratorConfig:
     """px by which the target runs ahead of the pusher on free ground; sets its speed."""
     push_lead: float = 26.0
     """The same while pushing."""
-    speed_spread: float = 0.12
+    speed_spread: float = 0.1
     """Standard deviation of an episode's pace, as a fraction."""
-    noise: float = 5.0
+    noise: float = 3.0
     """Standard deviation of the hand's wander on free ground, px."""
-    push_noise: float = 3.0
+    push_noise: float = 1.5
     """The same while pushing: it shows how a block that drifts aside is brought back."""
     noise_memory: float = 0.85
     """Correlation of the wander from one step to the next."""
-    slip_rate: float = 0.04
-    """Chance in each step that the hand slips; what follows shows how to come back."""
-    slip: float = 18.0
-    """Standard deviation of a slip, px; it fades like the wander."""
-    detour: tuple[float, float] = (10.0, 45.0)
+    detour: tuple[float, float] = (10.0, 35.0)
     """How far beyond the nearest possible way a person passes the post, least and most, px."""
 
 
@@ -54,7 +50,7 @@ class TabletopDemonstrator:
         self.side = "left" if rng.random() < 0.5 else "right"
         self._pace = float(np.clip(1.0 + self.config.speed_spread * rng.standard_normal(), 0.7, 1.3))
         self._detour = rng.uniform(*self.config.detour)
-        self._wander, self._slip = np.zeros(2), np.zeros(2)
+        self._wander = np.zeros(2)
         self._pushing = False
 
     def act(self, env: TabletopEnv) -> np.ndarray:
@@ -77,10 +73,7 @@ class TabletopDemonstrator:
         memory = self.config.noise_memory
         fresh = math.sqrt(1 - memory**2) * self._rng.standard_normal(2)
         self._wander = memory * self._wander + fresh
-        self._slip = memory * self._slip
-        if self._rng.random() < self.config.slip_rate:
-            self._slip = self._slip + self.config.slip * self._rng.standard_normal(2)
-        return np.clip(target + noise * self._wander + self._slip, 0.0, TABLE).astype(np.float32)
+        return np.clip(target + noise * self._wander, 0.0, TABLE).astype(np.float32)
 
     def _free_motion(self, env: TabletopEnv, pusher: np.ndarray, goal: np.ndarray, lead: float) -> np.ndarray:
         """The step (2,), px, towards `goal` that keeps clear of the post and of every block."""
