@@ -87,7 +87,7 @@ class TabletopConfig:
     zone_radius: float = 60.0
     """px; the task is done when the asked block's centre lies inside the asked zone."""
     max_steps: int = 120
-    """Steps after which an episode is truncated; a demonstration takes about 50."""
+    """Steps after which an episode is truncated; a demonstration takes about 40."""
     pixels: bool = False
     """Observe observation.images.top as well."""
     image_size: int = 96

@@ -24,9 +24,9 @@ class TabletopDemonstratorConfig:
     """The same while pushing."""
     speed_spread: float = 0.1
     """Standard deviation of an episode's pace, as a fraction."""
-    noise: float = 3.0
+    noise: float = 4.0
     """Standard deviation of the hand's wander on free ground, px."""
-    push_noise: float = 1.5
+    push_noise: float = 2.5
     """The same while pushing: it shows how a block that drifts aside is brought back."""
     noise_memory: float = 0.85
     """Correlation of the wander from one step to the next."""
@@ -65,7 +65,9 @@ class TabletopDemonstrator:
         self._pushing = near and abs(aside) < (20.0 if self._pushing else 9.0)
         if self._pushing:
             lead, noise = self.config.push_lead, self.config.push_noise
-            target = pusher + self._pace * lead * forward - 1.5 * aside * sideways
+            # The block sticks to the pusher, so it is steered by where the pusher goes; a strong pull back to the line
+            # would drag it along, away from the zone.
+            target = pusher + self._pace * lead * forward - 0.3 * aside * sideways
         else:
             lead, noise = self.config.approach_lead, self.config.noise
             target = pusher + self._free_motion(env, pusher, block - BEHIND * forward, lead * self._pace)
