@@ -242,7 +242,7 @@ class TabletopEnv(RobotEnv):
         shift = min(15.0, slot / 2 - self.config.zone_radius)
         zones_x = TABLE / 2 + (rng.permutation(num_zones) - (num_zones - 1) / 2) * slot
         zones = np.column_stack([zones_x + rng.uniform(-shift, shift, num_zones), rng.uniform(72, 90, num_zones)])
-        # The asked block comes first, the others where they neither touch nor stand in its way.
+        # Blocks lie apart, and none stands in the way of the pusher behind the asked one or of the asked one.
         blocks = np.empty((num_blocks, 2))
         others = [i for i in range(num_blocks) if i != asked_block]
         spread, gap, clearance = (105, 130, 100) if num_blocks <= 2 else (180, 85, 80)  # more need the room, px
@@ -276,6 +276,11 @@ class TabletopEnv(RobotEnv):
             raise ValueError(
                 f"asked_block must be an integer in [0, {num_blocks - 1}] and asked_zone one in [0, {num_zones - 1}], "
                 f"got {asked_block} and {asked_zone}"
+            )
+        if state[-1] <= self.config.zone_radius:
+            raise ValueError(
+                f"start_distance must be above env.zone_radius = {self.config.zone_radius} px (else the episode began "
+                f"solved), got {state[-1]}"
             )
         poses, zones = np.split(state[4:-5], [6 * num_blocks])
         self.asked_block, self.asked_zone, self._start_distance = int(asked_block), int(asked_zone), float(state[-1])

@@ -175,6 +175,10 @@ def test_bad_state_is_refused_by_name():
     bad[env.state_names.index("asked_block")] = 2
     with pytest.raises(ValueError, match="asked_block"):
         env.reset(options={"state": bad})
+    bad = good.copy()
+    bad[env.state_names.index("start_distance")] = 10.0
+    with pytest.raises(ValueError, match=r"start_distance must be above env\.zone_radius"):
+        env.reset(options={"state": bad})
 
 
 def test_wrong_choice_is_refused_by_name():
