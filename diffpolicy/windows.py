@@ -46,9 +46,8 @@ def window_indices(
 ) -> WindowIndices:
     """All windows of the chosen episodes.
 
-    As in Diffusion Policy, `now` runs over the whole episode up to the last step whose executed actions were all recorded:
-    at most horizons.past steps are padded before the episode and pad_after behind it. Unlike there, an episode
-    shorter than that still gives one window, so that no demonstration is dropped unseen.
+    As in Diffusion Policy, at most horizons.past predicted steps lie before the episode and at most pad_after behind it.
+    Unlike there, an episode shorter than that still gives one window, so that no demonstration is dropped unseen.
 
     Args:
         episode_ends: (num_episodes,) cumulative ends, increasing.
