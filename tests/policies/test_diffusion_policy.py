@@ -1,0 +1,254 @@
+"""DiffusionPolicy: encode once, denoise many; physical units outside, nothing remembered between calls."""
+
+import pytest
+import torch
+
+from diffpolicy.normalizer import Normalizer
+from diffpolicy.processes import SamplerConfig
+from diffpolicy.processes.flow import Flow
+from diffpolicy.spec import Batch, DataSpec, FieldSpec
+
+STATE, WORLD = "observation.state", "observation.environment_state"
+SOLVERS = [("diffusion", "ddim"), ("diffusion", "ddpm"), ("flow", "euler")]
+DENOISERS = {
+    "mlp": {"name": "mlp", "width": 16, "depth": 1, "embed_dim": 8},
+    "unet": {"name": "unet", "down_dims": [16, 32], "diffusion_step_embed_dim": 8},
+    "transformer": {"name": "transformer", "width": 16, "depth": 1, "num_heads": 2},
+}
+
+
+def observation(batch: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {STATE: torch.rand(batch, 2, 2, generator=generator), WORLD: torch.rand(batch, 2, 3, generator=generator)}
+
+
+def training_batch(batch: int = 4) -> Batch:
+    """The last window runs three steps past its episode."""
+    mask = torch.ones(batch, 8, dtype=torch.bool)
+    mask[-1, 5:] = False
+    actions = 2 + torch.rand(batch, 8, 2, generator=torch.Generator().manual_seed(1))
+    return Batch(obs=observation(batch), actions=actions, mask=mask, window=torch.arange(batch))
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def count_calls(module: torch.nn.Module) -> list[int]:
+    """Grows by one number, the batch size, with every forward pass."""
+    calls: list[int] = []
+    module.register_forward_hook(
+        lambda _module, _inputs, output: calls.append(len(getattr(output, "global_cond", output)))
+    )
+    return calls
+
+
+# --- sampling ---
+
+
+@pytest.mark.parametrize("num_samples", [1, 5])
+def test_encoder_runs_once_per_chunk_however_many_steps_and_samples(tiny_policy, num_samples):
+    encoded, denoised = count_calls(tiny_policy.encoder), count_calls(tiny_policy.denoiser)
+    tiny_policy.use_sampler(SamplerConfig(num_inference_steps=7))
+    tiny_policy.sample_actions(observation(batch=3), num_samples=num_samples)
+    assert encoded == [3]
+    assert denoised == [3 * num_samples] * 7
+
+
+def test_encoded_observation_can_be_sampled_again_without_encoding(tiny_policy):
+    condition, encoded = tiny_policy.encode(observation()), count_calls(tiny_policy.encoder)
+    first = tiny_policy.sample(condition, generators=seeded(1, 2, 3))
+    assert torch.equal(first, tiny_policy.sample(condition, generators=seeded(1, 2, 3)))
+    assert encoded == []
+
+
+@pytest.mark.parametrize(("process", "sampler"), SOLVERS)
+def test_same_seed_same_chunk_and_another_seed_another(make_policy, process, sampler):
+    policy = make_policy(process={"name": process}, sampler={"name": sampler, "num_inference_steps": 3})
+    chunk = lambda seed: policy.sample_actions(observation(), generators=torch.Generator().manual_seed(seed))
+    assert torch.equal(chunk(0), chunk(0))
+    assert not torch.equal(chunk(0), chunk(1))
+
+
+@pytest.mark.parametrize("denoiser", DENOISERS)
+@pytest.mark.parametrize(("process", "sampler"), SOLVERS)
+def test_item_of_a_batch_does_not_see_its_neighbours(make_policy, denoiser, process, sampler):
+    sections = {"denoiser": DENOISERS[denoiser], "process": {"name": process}, "sampler": {"name": sampler}}
+    policy, obs = make_policy(**sections), observation(batch=4)
+    together = policy.sample_actions(obs, generators=seeded(1, 2, 3, 4))
+    alone = policy.sample_actions({key: value[2:3] for key, value in obs.items()}, generators=seeded(3))
+    torch.testing.assert_close(together[2:3], alone, atol=1e-4, rtol=0)
+
+
+def test_chunk_follows_the_observation(tiny_policy):
+    first, second = (tiny_policy.sample_actions(observation(1, seed), generators=seeded(0)) for seed in (0, 1))
+    assert (first - second).abs().max() > 1e-4
+
+
+def test_samples_of_one_observation_lie_beside_each_other_and_differ(tiny_policy):
+    obs = observation(batch=2)
+    chunks = tiny_policy.sample_actions(obs, num_samples=3, generators=seeded(5, 6))
+    assert chunks.shape == (2, 3, 8, 2)
+    assert not torch.equal(chunks[0, 0], chunks[0, 1])
+    alone = tiny_policy.sample_actions({k: v[1:] for k, v in obs.items()}, num_samples=3, generators=seeded(6))
+    torch.testing.assert_close(chunks[1:], alone, atol=1e-5, rtol=0)
+    single = tiny_policy.sample_actions(obs, generators=seeded(5, 6))  # the first draw of each generator
+    torch.testing.assert_close(chunks[:, 0], single, atol=1e-5, rtol=0)
+
+
+def test_chunk_is_in_physical_units_within_the_limits_of_the_data(tiny_policy):
+    low, high = (tiny_policy.normalizer.get_buffer(f"action:{stat}") for stat in ("min", "max"))
+    chunk = tiny_policy.sample_actions(observation(batch=50))
+    assert chunk.shape == (50, 8, 2)
+    assert (chunk >= low - 1e-5).all() and (chunk <= high + 1e-5).all()
+    assert chunk.max() > 2  # normalised actions would end at 1
+
+
+def test_sampler_is_chosen_at_run_time_on_the_same_weights(make_policy):
+    policy = make_policy(process={"name": "diffusion"}, sampler={"name": "ddpm", "num_inference_steps": 20})
+    denoised, weights = count_calls(policy.denoiser), {k: v.clone() for k, v in policy.state_dict().items()}
+    ddpm = policy.sample_actions(observation(), generators=seeded(0, 1, 2))
+    assert policy.use_sampler(SamplerConfig(name="ddim", num_inference_steps=4)) is policy
+    ddim = policy.sample_actions(observation(), generators=seeded(0, 1, 2))
+    assert len(denoised) == 20 + 4
+    assert not torch.equal(ddpm, ddim)
+    torch.testing.assert_close(policy.state_dict(), weights, atol=0, rtol=0)
+
+
+def test_auto_sampler_is_resolved_so_that_results_can_name_it(tiny_policy):
+    assert tiny_policy.sampler.name == "euler"
+
+
+def test_sampler_of_another_process_is_refused_and_changes_nothing(tiny_policy):
+    before = tiny_policy.sampler
+    with pytest.raises(ValueError, match=r"sampler.name=ddim cannot sample process 'flow'"):
+        tiny_policy.use_sampler(SamplerConfig(name="ddim"))
+    assert tiny_policy.sampler == before
+
+
+# --- observations ---
+
+
+def test_missing_observation_is_named(tiny_policy):
+    with pytest.raises(
+        ValueError, match=r"the policy needs 'observation.state'; .* holds \['observation.environment_state'\]"
+    ):
+        tiny_policy.sample_actions({WORLD: torch.zeros(1, 2, 3)})
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 2), (3, 2, 5)])
+def test_observation_of_another_shape_is_named_with_both_shapes(tiny_policy, shape):
+    with pytest.raises(ValueError, match=r"observation.state must be \(B, T_obs=2, 2\), got \(3, "):
+        tiny_policy.sample_actions(observation() | {STATE: torch.zeros(shape)})
+
+
+def test_states_reach_the_encoder_normalised_and_images_as_they_are(make_policy):
+    fields = {
+        "observation.images.top": FieldSpec(shape=(40, 48, 3), dtype="uint8"),
+        STATE: FieldSpec(shape=(2,), dtype="float32"),
+        "action": FieldSpec(shape=(2,), dtype="float32"),
+    }
+    encoder = {"name": "resnet", "feature_dim": 8, "num_keypoints": 4}
+    policy, seen = make_policy(spec=DataSpec(fields=fields), encoder=encoder), {}
+    policy.encoder.register_forward_pre_hook(lambda _module, inputs: seen.update(inputs[0]))
+    images = torch.randint(0, 256, (1, 2, 40, 48, 3), dtype=torch.uint8)
+    state = observation(1)[STATE]
+    policy.sample_actions({"observation.images.top": images, STATE: state, "task": ["push"], "unknown": torch.ones(1)})
+    assert seen["observation.images.top"] is images
+    torch.testing.assert_close(seen[STATE], policy.normalizer.normalize(STATE, state))
+    assert seen["task"] == ["push"] and "unknown" not in seen
+
+
+def test_policy_without_statistics_gives_no_action_that_looks_right(make_policy):
+    policy = make_policy()
+    policy.normalizer = Normalizer(policy.normalizer.shapes, policy.normalizer.modes)
+    assert policy.sample_actions(observation()).isnan().all()
+
+
+# --- loss ---
+
+
+class PerAction(torch.nn.Module):
+    """Answers each action by itself, so that what the network sees of its neighbours cannot change its answer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x_t, t, condition):
+        return torch.sin(x_t) * self.weight
+
+
+@pytest.mark.parametrize("process", ["diffusion", "flow"])
+def test_padded_actions_do_not_change_the_loss_and_recorded_ones_do(make_policy, process):
+    policy, batch = make_policy(process={"name": process}), training_batch()
+    policy.denoiser = PerAction()
+
+    def loss() -> float:
+        return policy.compute_loss(batch, torch.Generator().manual_seed(0)).item()
+
+    before = loss()
+    batch.actions[-1, 5:] += 100
+    assert loss() == before
+    batch.actions[-1, 4] += 0.5
+    assert loss() != before
+
+
+def test_loss_is_the_mean_over_the_recorded_steps(make_policy):
+    policy, batch = make_policy(process={"name": "flow", "prediction_type": "sample"}), training_batch()
+    for parameter in policy.denoiser.parameters():
+        torch.nn.init.zeros_(parameter)  # predicts 0, so that the error is x_0 itself
+    x_0 = policy.normalizer.normalize("action", batch.actions)
+    expected = x_0[batch.mask].square().mean()  # 4 * 8 - 3 steps
+    torch.testing.assert_close(policy.compute_loss(batch), expected)
+
+
+@pytest.mark.parametrize("process", ["diffusion", "flow"])
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_gradient_reaches_every_parameter_of_encoder_and_denoiser(make_policy, denoiser, process):
+    encoder = {"name": "state", "hidden_dims": [8], "output_dim": 6}
+    policy = make_policy(denoiser=DENOISERS[denoiser], process={"name": process}, encoder=encoder)
+    policy.compute_loss(training_batch(16)).backward()
+    without = [name for name, p in policy.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_same_generator_same_loss(tiny_policy):
+    losses = [tiny_policy.compute_loss(training_batch(), torch.Generator().manual_seed(s)).item() for s in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+class Oracle(torch.nn.Module):
+    """A network that knows x_0 and reads the noise off x_t, which is linear in it."""
+
+    def __init__(self, process, x_0):
+        super().__init__()
+        self.process, self.x_0 = process, x_0
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_t, t, condition):
+        time = t / 1000 if isinstance(self.process, Flow) else (t + 1) / 100
+        nothing, one = torch.zeros_like(x_t), torch.ones_like(x_t)
+        sigma = self.process.add_noise(nothing, one, time)
+        noise = (x_t - self.process.add_noise(self.x_0, nothing, time)) / sigma
+        return self.process.target(self.x_0, noise, time)
+
+
+@pytest.mark.parametrize(
+    ("process", "prediction"),
+    [
+        ("diffusion", "epsilon"),
+        ("diffusion", "sample"),
+        ("diffusion", "v_prediction"),
+        ("flow", "velocity"),
+        ("flow", "sample"),
+    ],
+)
+def test_network_that_knows_the_answer_has_no_loss_and_samples_it(make_policy, process, prediction):
+    section = {"name": process, "prediction_type": prediction}
+    policy = make_policy(process=section, sampler={"num_inference_steps": 5, "clip_sample": None})
+    actions = torch.full((4, 8, 2), 2.5)
+    policy.denoiser = Oracle(policy.process, policy.normalizer.normalize("action", actions))
+    batch = Batch(observation(4), actions, torch.ones(4, 8, dtype=torch.bool), torch.arange(4))
+    assert policy.compute_loss(batch).item() < 1e-8
+    torch.testing.assert_close(policy.sample_actions(observation(4)), actions, atol=1e-3, rtol=0)
