@@ -109,8 +109,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"an override must read key=value, got {override!r}")
-        layer = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-        _stack(merged, layer, f"command line: {override}", origin)
+        _stack(merged, _parsed(override), f"command line: {override}", origin)
     return config_from_dict(merged, origin)
 
 
@@ -171,10 +170,11 @@ def choose(section: str, name: str, options: dict | Sequence[str] = ()) -> Choic
         ValueError: unknown name, key or a value of the wrong type, with the nearest right one.
     """
     if not isinstance(options, dict):
-        for option in options:
-            if "=" not in option:
-                raise ValueError(f"an option of {section} must read key=value, got {option!r}")
-        options = OmegaConf.to_container(OmegaConf.from_dotlist(list(options)))
+        texts, options = options, {}
+        for text in texts:
+            if "=" not in text:
+                raise ValueError(f"an option of {section} must read key=value, got {text!r}")
+            _merge(options, _parsed(text))
     if name not in FAMILIES[section]:
         raise unknown_name(section, name, FAMILIES[section])
     return Choice(name, _build(FAMILIES[section][name][0], options, section, {}))
@@ -225,17 +225,23 @@ def find_yaml(file: str | Path) -> Path:
     )
 
 
+def _parsed(override: str) -> dict:
+    """`a.b=value` as nested dicts; the value is read as YAML."""
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+    except Exception as error:  # as above: YAML's errors are of another family
+        raise ValueError(f"{override!r} is not readable as key=value: {_one_line(error)}") from error
+
+
 def _stack(merged: dict, layer: dict, source: str, origin: dict[str, str]) -> None:
     for key, value in layer.items():
         if key in FAMILIES and isinstance(value, str):
             value = {"name": value}
         current = merged.get(key)
-        renames = (
-            key in FAMILIES
-            and isinstance(value, dict)
-            and isinstance(current, dict)
-            and (value.get("name", current.get("name")) != current.get("name"))
-        )
+        renames = False
+        if key in FAMILIES and isinstance(value, dict) and isinstance(current, dict) and "name" in value:
+            chosen = current.get("name", DEFAULT_NAMES.get(key))
+            renames = chosen is not None and value["name"] != chosen
         if isinstance(value, dict) and isinstance(current, dict) and not renames:
             _merge(current, value)
         else:
@@ -271,8 +277,8 @@ def _build(section_class: type, given: dict, section: str, origin: dict[str, str
     try:
         # numbers, text and lists are checked against the annotations by OmegaConf
         typed = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(section_class), OmegaConf.create(given)))
-    except OmegaConfBaseException as error:
-        key = f"{section}.{error.full_key}" if error.full_key else section
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list where a section should be
+        key = f"{section}.{error.full_key}" if getattr(error, "full_key", None) else section
         raise ValueError(f"{key}: {_one_line(error)}{_where(key, origin)}") from error
     hints = typing.get_type_hints(section_class)
     values = {k: _as_annotated(v, hints[k]) for k, v in typed.items()}

@@ -90,7 +90,8 @@ def schedule_betas(name: str, num_train_timesteps: int) -> Tensor:
         raise unknown_name("process.schedule", name, SCHEDULES)
     if num_train_timesteps < 1:
         raise ValueError(f"process.num_train_timesteps must be at least 1, got {num_train_timesteps}")
-    t = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    # on the CPU even where a policy is built without memory (torch.device("meta")): these are known numbers, no weights
+    t = torch.arange(num_train_timesteps + 1, dtype=torch.float64, device="cpu") / num_train_timesteps
     alpha_bar = SCHEDULES[name](t, num_train_timesteps)
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, MAX_BETA)
 
