@@ -177,6 +177,25 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Diffusi
     return policy.to(device).eval()
 
 
+def resolve_device(device: str) -> str:
+    """cpu, cuda or mps; auto is cuda where there is a GPU, else cpu.
+
+    Raises:
+        ValueError: unknown, or not on this machine.
+    """
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return "cuda" if present["cuda"] else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in present or (index and not index.isdecimal()):
+        raise unknown_name("--device", device, ("auto", *present))
+    if not present[kind] or (kind == "cuda" and index and int(index) >= torch.cuda.device_count()):
+        raise ValueError(
+            f"--device {device} is not on this machine (or torch was installed without it); use --device auto"
+        )
+    return device
+
+
 REFERENCE_SCHEDULES = {"squaredcos_cap_v2": "cosine", "linear": "linear", "scaled_linear": "scaled_linear"}
 """diffusers' beta_schedule -> our schedule of the same betas."""
 

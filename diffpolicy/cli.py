@@ -76,7 +76,7 @@ def train(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    num_devices: Annotated[int, typer.Option(help="More than one trains with DistributedDataParallel.")] = 1,
+    num_devices: Annotated[int, typer.Option(help="More than one trains with DistributedDataParallel.", min=1)] = 1,
     precision: Annotated[str, typer.Option(help="auto (bf16 on a GPU, 32 on a CPU), 32, bf16 or fp16.")] = "auto",
     keep_checkpoints: Annotated[
         int, typer.Option(help="How many checkpoints to keep; older ones are removed.", min=1)
@@ -139,6 +139,8 @@ def train(
         wandb_project=wandb,
         progress=progress,
     )
+    if trainer.launched_rank() > 0:
+        return
     where = f" --env {config.env.name}" if config.env else " --env ENVIRONMENT"
     print(f"\nnext: diffpolicy rollout {run}{where} --episodes 100")
 
@@ -207,8 +209,10 @@ def rollout(
         ),
     ] = None,
     episodes: Annotated[int, typer.Option(help="Episodes; 50 carry +-13 points, 500 carry +-4.", min=1)] = 100,
-    seed: Annotated[int, typer.Option(help="Environment seed of the first episode; the others follow.")] = 100_000,
-    sampling_seed: Annotated[int, typer.Option(help="Seed of the policy's noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Environment seed of the first episode; the others follow.", min=0)
+    ] = 100_000,
+    sampling_seed: Annotated[int, typer.Option(help="Seed of the policy's noise.", min=0)] = 0,
     sampler: Annotated[
         str | None, typer.Option(help="ddpm, ddim or euler; default: as trained.", show_default=False)
     ] = None,
@@ -226,7 +230,9 @@ def rollout(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes that step them; 0: none; default: as many as cores for pixels, else 0.", show_default=False
+            help="Processes that step them; 0: none; default: as many as cores for pixels, else 0.",
+            show_default=False,
+            min=0,
         ),
     ] = None,
     batch: Annotated[
@@ -234,6 +240,7 @@ def rollout(
         typer.Option(
             help="Rows of one policy call; fixed, so that results do not depend on --envs. Default 16, on a GPU 64.",
             show_default=False,
+            min=1,
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -284,7 +291,7 @@ def collect(
     env: Annotated[str, typer.Argument(help="Environment with a scripted demonstrator: tabletop.")],
     out: Annotated[Path, typer.Option(help="The zarr store to write; an unfinished one is continued.")],
     episodes: Annotated[int, typer.Option(help="Demonstrations.", min=1)] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of the first episode.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first episode.", min=0)] = 0,
     pixels: Annotated[bool, typer.Option(help="Record camera images too.")] = True,
     env_option: Annotated[
         list[str] | None,

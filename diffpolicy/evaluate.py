@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from diffpolicy import __version__
-from diffpolicy.checkpoint import find_checkpoint, load_policy, read_description
+from diffpolicy.checkpoint import find_checkpoint, load_policy, read_description, resolve_device
 from diffpolicy.config import Choice, choose, config_from_dict
 from diffpolicy.envs import ENVIRONMENTS, make_env
 from diffpolicy.executors import EXECUTORS
@@ -57,8 +57,7 @@ def evaluate(
     """
     console = console or Console()
     folder = find_checkpoint(checkpoint)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     policy = load_policy(folder, device)
     described = read_description(folder)
     config = config_from_dict(described["config"])

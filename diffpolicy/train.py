@@ -27,7 +27,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffpolicy import __version__
-from diffpolicy.checkpoint import TRAINING_STATE, list_checkpoints, load_config_of, save_policy
+from diffpolicy.checkpoint import (
+    TRAINING_STATE,
+    list_checkpoints,
+    load_config_of,
+    read_description,
+    resolve_device,
+    save_policy,
+)
 from diffpolicy.config import Config, build_policy
 from diffpolicy.replay import ReplayBuffer
 from diffpolicy.spec import ACTION, MissingExtraError
@@ -36,6 +43,8 @@ from diffpolicy.windows import load_windows, split_episodes
 
 METRICS = ("step", "train/loss", "train/lr", "train/steps_per_s", "val/loss", "val/action_mse")
 """Columns of metrics.csv, in order."""
+RUN_OF_RANK_0 = "DIFFPOLICY_RUN"
+"""Environment variable that tells the other processes of a distributed run which folder theirs is."""
 
 
 def train(
@@ -63,7 +72,14 @@ def train(
     Raises:
         ValueError: data and config do not fit; FloatingPointError: a loss that is not finite, naming the batch.
     """
-    console = console or Console()
+    rank = launched_rank()
+    console = Console(quiet=True) if rank > 0 else console or Console()
+    device = resolve_device(device)
+    if num_devices < 1 or (device == "cuda" and num_devices > torch.cuda.device_count()):
+        has = f"this machine has {torch.cuda.device_count()}" if device == "cuda" else "at least 1 is needed"
+        raise ValueError(f"--num-devices {num_devices}: {has}")
+    if wandb_project is not None:
+        _require_wandb()
     stop_at = config.train.steps if stop_at is None else stop_at
     if not 1 <= stop_at <= config.train.steps:
         raise ValueError(f"--stop-at must be in [1, train.steps = {config.train.steps}], got {stop_at}")
@@ -88,8 +104,14 @@ def train(
     if resume is not None:
         run = Path(resume)
         state = _resumable_state(run)
+        if (done := read_description(state.parent)["step"]) >= stop_at:
+            console.print(f"nothing to do: {run} is at step {done} already, and was to stop at {stop_at}")
+            return run
+    elif rank > 0:
+        run, state = _run_of_rank_0(Path(runs), config, name), None
     else:
         run, state = _new_run(Path(runs), config, name), None
+        os.environ[RUN_OF_RANK_0] = str(run)
         _describe_run(run, config)
     batch_size = min(config.train.batch_size, len(train_windows))
     if batch_size < config.train.batch_size:
@@ -109,14 +131,12 @@ def train(
     if wandb_project is not None:
         loggers.append(_wandb_logger(wandb_project, run))
     _quiet_lightning()
-    accelerator = {"auto": "auto", "cuda": "gpu"}.get(device, device)
-    on_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
     trainer = L.Trainer(
-        accelerator=accelerator,
+        accelerator={"cuda": "gpu"}.get(device, device),
         devices=num_devices,
         strategy="auto" if num_devices == 1 else "ddp",
         precision={
-            "auto": "bf16-mixed" if on_gpu else "32-true",
+            "auto": "bf16-mixed" if device == "cuda" else "32-true",
             "32": "32-true",
             "bf16": "bf16-mixed",
             "fp16": "16-mixed",
@@ -142,6 +162,11 @@ def train(
         warnings.filterwarnings("ignore", message=".*(treespec|in eval mode at the start).*")
         trainer.fit(module, data, ckpt_path=str(state) if state else None, weights_only=True)
     return run
+
+
+def launched_rank() -> int:
+    """0, or the rank of this process where another one (Lightning, torchrun) launched it for a distributed run."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
 
 
 class Keeper(L.Callback):
@@ -196,7 +221,8 @@ class Keeper(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: PolicyModule, outputs, batch, batch_idx) -> None:
         step, config = trainer.global_step, self.config.train
         self._losses[step] = module.last_loss
-        last = step >= self.stop_at or self._asked_to_stop
+        asked = self._asked_to_stop  # read once: a signal may come while this runs
+        last = step >= self.stop_at or asked
         if step % config.log_every == 0 or step == 1 or last or step % config.checkpoint_every == 0:
             # one synchronisation for all the losses since the last look, and before anything is saved
             losses = torch.stack(list(self._losses.values())).tolist()
@@ -222,7 +248,7 @@ class Keeper(L.Callback):
                 self.console.print(f"step {step}/{self.stop_at}  {shown}  {rate:.1f} steps/s", soft_wrap=True)
         if step % config.checkpoint_every == 0 or last:
             self._save(trainer, module)
-        if self._asked_to_stop:
+        if asked:
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
@@ -244,6 +270,12 @@ class Keeper(L.Callback):
             logger.log_metrics(row, step=step)
 
     def _save(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        for name, value in module.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {trainer.global_step}; lower train.lr or set train.grad_clip. "
+                    f"{self._last_checkpoint()}"
+                )
         folder = self.run / "checkpoints" / f"step_{trainer.global_step:06d}"
         if trainer.world_size > 1:
             # every rank takes part in gathering the state, rank 0 writes it
@@ -271,8 +303,12 @@ class Keeper(L.Callback):
         raise FloatingPointError(
             f"loss is {loss} at step {step} although its batch is finite (windows from {self.windows.describe(windows[0])} "
             f"to {self.windows.describe(windows[-1])}); lower train.lr or set train.grad_clip. "
-            "The last checkpoint is from before that step"
+            f"{self._last_checkpoint()}"
         )
+
+    def _last_checkpoint(self) -> str:
+        checkpoints = list_checkpoints(self.run)
+        return f"The last checkpoint is {checkpoints[-1]}" if checkpoints else "No checkpoint was written yet"
 
 
 def load_resume_config(run: str | Path, *, data_path: str | None = None) -> Config:
@@ -302,9 +338,19 @@ def _rows_of(buffer: ReplayBuffer, episodes):
 def _new_run(runs: Path, config: Config, name: str | None) -> Path:
     run = runs / config.task / (name or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     if run.exists() and any(run.iterdir()):
+        if not list_checkpoints(run):
+            raise ValueError(f"{run} exists, without a checkpoint to resume from; remove it or choose another --name")
         raise ValueError(f"{run} exists; resume it with `diffpolicy train --resume {run}` or choose another --name")
     run.mkdir(parents=True, exist_ok=True)
     return run
+
+
+def _run_of_rank_0(runs: Path, config: Config, name: str | None) -> Path:
+    if RUN_OF_RANK_0 in os.environ:
+        return Path(os.environ[RUN_OF_RANK_0])
+    if name is None:
+        raise ValueError("processes that were launched side by side need a common --name")
+    return runs / config.task / name
 
 
 def _describe_run(run: Path, config: Config) -> None:
@@ -352,11 +398,14 @@ def _forget_rows_after(file: Path, step: int) -> None:
     partial.replace(file)
 
 
-def _wandb_logger(project: str, run: Path) -> Logger:
+def _require_wandb() -> None:
     try:
         import wandb  # noqa: F401
     except ImportError:
         raise MissingExtraError("wandb", "wandb") from None
+
+
+def _wandb_logger(project: str, run: Path) -> Logger:
     from lightning.pytorch.loggers import WandbLogger
 
     return WandbLogger(project=project, save_dir=run, name="/".join(run.parts[-2:]))

@@ -192,6 +192,11 @@ class PolicyModule(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self._update_ema()
 
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        # Lightning's own way refuses fused optimisers under bf16 too, where nothing is scaled
+        if gradient_clip_val is not None:
+            nn.utils.clip_grad_norm_(self.policy.parameters(), gradient_clip_val)
+
     @torch.no_grad()
     def _update_ema(self) -> None:
         # in this hook global_step still counts the updates before this one, as the reference does
@@ -206,7 +211,8 @@ class PolicyModule(L.LightningModule):
             parameter_groups(self.policy, self.config.weight_decay),
             lr=self.config.lr,
             betas=tuple(self.config.betas),
-            fused=True,
+            # under fp16 a fused optimiser would unscale the gradients itself, after they were clipped
+            fused=self._trainer is None or self._trainer.precision != "16-mixed",
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
