@@ -132,6 +132,9 @@ def read_description(path: str | Path) -> dict:
         raise ValueError(
             f"{file} has format version {described['format_version']}, this diffpolicy ({__version__}) reads {FORMAT_VERSION}"
         )
+    for part in ("config", "spec"):
+        if not isinstance(described[part], dict):
+            raise ValueError(f"{file} is damaged: {part} must be a mapping, got {described[part]!r}")
     return described
 
 
@@ -150,8 +153,10 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Diffusi
     described = read_description(folder)
     try:
         spec = DataSpec(**described["spec"])
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / CONFIG} is damaged: spec: {error}") from error
+    if ACTION not in spec.fields:
+        raise ValueError(f"{folder / CONFIG} is damaged: spec must have {ACTION!r}, got only {sorted(spec.fields)}")
     config = config_from_dict(described["config"])
     if getattr(config.encoder.options, "weights", None) is not None:  # they are in the checkpoint: read no other file
         options = dataclasses.replace(config.encoder.options, weights=None)
