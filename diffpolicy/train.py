@@ -14,8 +14,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -43,6 +46,7 @@ from diffpolicy.windows import load_windows, split_episodes
 
 METRICS = ("step", "train/loss", "train/lr", "train/steps_per_s", "val/loss", "val/action_mse")
 """Columns of metrics.csv, in order."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RUN_OF_RANK_0 = "DIFFPOLICY_RUN"
 """Environment variable that tells the other processes of a distributed run which folder theirs is."""
 
@@ -93,6 +97,9 @@ def train(
         seed=config.data.split_seed,
     )
     (train_windows, val_windows), spec = load_windows(buffer, config.data.keys, config.horizons, [training, validation])
+    for windows, episodes in ((train_windows, training), (val_windows, validation)):
+        if len(episodes):
+            _require_finite(windows.arrays, buffer, _rows_of(buffer, episodes))
     torch.manual_seed(config.seed)
     policy = build_policy(config, spec)
     rows = torch.from_numpy(_rows_of(buffer, training))
@@ -157,11 +164,22 @@ def train(
         use_distributed_sampler=False,  # BatchStream deals the windows out to the ranks
         default_root_dir=run,
     )
-    with warnings.catch_warnings():
+    with _signals_restored(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*(treespec|in eval mode at the start).*")
         trainer.fit(module, data, ckpt_path=str(state) if state else None, weights_only=True)
     return run
+
+
+@contextmanager
+def _signals_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def launched_rank() -> int:
@@ -205,12 +223,9 @@ class Keeper(L.Callback):
         if self._bar and trainer.is_global_zero:
             self._bar.start()
             self._task = self._bar.add_task("train", total=self.stop_at, completed=trainer.global_step, shown="")
-        self._handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._handlers[number] = signal.signal(number, self._stop_soon)
-            except ValueError:  # not in the main thread: whoever runs us handles signals
-                break
+        if threading.current_thread() is threading.main_thread():  # else whoever runs us handles signals
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._stop_soon)
 
     def _stop_soon(self, number, frame) -> None:
         if self._asked_to_stop:
@@ -229,7 +244,6 @@ class Keeper(L.Callback):
             for at, loss in zip(self._losses, losses, strict=True):
                 if not math.isfinite(loss):
                     self._name_bad_batch(at, loss)
-            self._losses.clear()
             rate = (step - self._first_step) / (time.perf_counter() - self._began)
             row = {
                 "train/loss": sum(losses) / len(losses),
@@ -237,8 +251,10 @@ class Keeper(L.Callback):
                 "train/steps_per_s": rate,
             }
             self.metrics.update({"train/loss": row["train/loss"]})
-            if trainer.is_global_zero and (step % config.log_every == 0 or last):
-                self._log(trainer, step, row)
+            if step % config.log_every == 0 or last:
+                self._losses.clear()
+                if trainer.is_global_zero:
+                    self._log(trainer, step, row)
             shown = f"loss {row['train/loss']:.4f}"
             if "val/action_mse" in self.metrics:
                 shown += f"  val action mse {self.metrics['val/action_mse']:.4f}"
@@ -260,9 +276,6 @@ class Keeper(L.Callback):
     def teardown(self, trainer: L.Trainer, module: PolicyModule, stage: str) -> None:
         if self._bar:
             self._bar.stop()
-        for number, handler in getattr(self, "_handlers", {}).items():
-            signal.signal(number, handler)
-        self._handlers = {}
 
     def _log(self, trainer: L.Trainer, step: int, row: dict[str, float]) -> None:
         _append_row(self.run / "metrics.csv", step, row)
@@ -333,6 +346,21 @@ def _rows_of(buffer: ReplayBuffer, episodes):
     import numpy as np
 
     return np.concatenate([np.arange(s.start, s.stop) for s in map(buffer.episode_slice, episodes)])
+
+
+def _require_finite(arrays: dict[str, torch.Tensor], buffer: ReplayBuffer, rows) -> None:
+    """Raises ValueError, naming key, episode and step, where one of these rows of the store holds NaN or inf."""
+    for key, values in arrays.items():
+        if not values.is_floating_point():
+            continue
+        bad = rows[(~torch.isfinite(values[torch.from_numpy(rows)])).flatten(1).any(dim=1).numpy()]
+        if len(bad):
+            episode = int((buffer.episode_ends <= bad[0]).sum())
+            raise ValueError(
+                f"episode {episode} of {buffer.path}: {key} is NaN or inf at step "
+                f"{bad[0] - buffer.episode_slice(episode).start} (row {bad[0]}); drop it with `diffpolicy data drop "
+                f"{buffer.path} --episodes {episode}`, see all with `diffpolicy data validate {buffer.path}`"
+            )
 
 
 def _new_run(runs: Path, config: Config, name: str | None) -> Path:
