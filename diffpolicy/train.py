@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -40,7 +41,7 @@ from diffpolicy.checkpoint import (
 )
 from diffpolicy.config import Config, build_policy
 from diffpolicy.replay import ReplayBuffer
-from diffpolicy.spec import ACTION, MissingExtraError
+from diffpolicy.spec import ACTION, DataSpec, MissingExtraError
 from diffpolicy.training import PolicyModule, ReplayDataModule
 from diffpolicy.windows import load_windows, split_episodes
 
@@ -114,6 +115,7 @@ def train(
         if (done := read_description(state.parent)["step"]) >= stop_at:
             console.print(f"nothing to do: {run} is at step {done} already, and was to stop at {stop_at}")
             return run
+        _require_same_shapes(state, spec, config.data.path)
     elif rank > 0:
         run, state = _run_of_rank_0(Path(runs), config, name), None
     else:
@@ -283,7 +285,7 @@ class Keeper(L.Callback):
             logger.log_metrics(row, step=step)
 
     def _save(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        for name, value in module.state_dict().items():
+        for name, value in module.named_parameters():  # not buffers: masks hold -inf
             if not torch.isfinite(value).all():
                 raise FloatingPointError(
                     f"{name} is not finite after step {trainer.global_step}; lower train.lr or set train.grad_clip. "
@@ -340,6 +342,20 @@ def _resumable_state(run: Path) -> Path:
     if not state.exists():
         raise FileNotFoundError(f"{state} is missing; a run can only be resumed from it")
     return state
+
+
+def _require_same_shapes(state: Path, spec: DataSpec, data_path: str) -> None:
+    """Raises ValueError where the data are not those of the run, or its training state cannot be read."""
+    trained = DataSpec(**read_description(state.parent)["spec"])
+    shapes, wanted = ({key: field.shape for key, field in s.fields.items()} for s in (spec, trained))
+    if shapes != wanted:
+        raise ValueError(f"{data_path} does not fit the run: it has {shapes}, {state.parent} was trained on {wanted}")
+    try:
+        torch.load(state, weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{state} is damaged; remove {state.parent} to go on from the checkpoint before it ({error})"
+        ) from error
 
 
 def _rows_of(buffer: ReplayBuffer, episodes):
