@@ -239,6 +239,8 @@ class Keeper(L.Callback):
         step, config = trainer.global_step, self.config.train
         self._losses[step] = module.last_loss
         asked = self._asked_to_stop  # read once: a signal may come while this runs
+        if trainer.world_size > 1:  # all processes must stop at the same step: they agree where rows are logged
+            asked = step % config.log_every == 0 and trainer.strategy.reduce_boolean_decision(asked, all=False)
         last = step >= self.stop_at or asked
         if step % config.log_every == 0 or step == 1 or last or step % config.checkpoint_every == 0:
             # one synchronisation for all the losses since the last look, and before anything is saved
