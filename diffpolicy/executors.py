@@ -46,7 +46,12 @@ class RecedingHorizon:
             generators: one for each of the B environments.
         Returns:
             (B, T_act, D_act) float64, physical units.
+        Raises:
+            ValueError: an observation is missing, or has another shape than the policy was trained on.
         """
+        missing = [key for key in self.observation_keys if key not in obs]
+        if missing:
+            raise ValueError(f"the policy needs {missing}; the observation holds {sorted(obs)}")
         batch = len(obs[self.observation_keys[0]])
         size = self.batch_size or batch
         parts = [self._plan_rows(obs, generators, lo, min(lo + size, batch), size) for lo in range(0, batch, size)]

@@ -5,6 +5,7 @@ Only what a policy will see travels between processes: the last T_obs frames aft
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import traceback
 from collections import deque
@@ -40,15 +41,13 @@ class EpisodePlayer:
 
     def start(self, seed: int, film: bool, picture: bool) -> Played:
         obs, _ = self.env.reset(seed=seed)
-        for _ in range(
-            self._history.maxlen
-        ):  # before the first step the first frame is repeated, as in training windows
-            self._history.append(obs)
+        # before the first step the first frame is repeated, as in training windows
+        self._history.extend([obs] * self._history.maxlen)
         self._film, self._picture = film, picture
         self._played = Played(obs=self._look())
         if film:
             self._played.frames.append(self.env.render())
-        return self._played
+        return self._answer()
 
     def play(self, actions: np.ndarray) -> Played:
         """Plays actions (n, D_act) until they or the episode end."""
@@ -67,7 +66,11 @@ class EpisodePlayer:
         if played.done and self._picture and not self._film:
             played.frames.append(self.env.render())
         played.obs = self._look()
-        return played
+        return self._answer()
+
+    def _answer(self) -> Played:
+        """What is known now, apart from what comes later; pictures travel once, when the episode is over."""
+        return dataclasses.replace(self._played, frames=self._played.frames if self._played.done else [])
 
     def _look(self) -> dict[str, np.ndarray | str]:
         looked: dict = {key: np.stack([frame[key] for frame in self._history]) for key in self._history[-1]}
@@ -88,6 +91,9 @@ class LocalPlayers:
     def close(self) -> None:
         for player in self._players:
             player.env.close()
+
+
+DIED = "an environment worker died; run again with --workers 0 to see why"
 
 
 class ProcessPlayers:
@@ -115,14 +121,17 @@ class ProcessPlayers:
         for pipe, slots in zip(self._pipes, self._slots, strict=True):
             mine = {slot: arguments[slot] for slot in slots if slot in arguments}
             if mine:
-                pipe.send((method, mine))
+                try:
+                    pipe.send((method, mine))
+                except OSError:
+                    raise RuntimeError(DIED) from None
                 asked.append(pipe)
         result: dict[int, Played] = {}
         for pipe in asked:
             try:
                 answer = pipe.recv()
-            except EOFError:
-                raise RuntimeError("an environment worker died; run again with --workers 0 to see why") from None
+            except (EOFError, OSError):
+                raise RuntimeError(DIED) from None
             if isinstance(answer, str):
                 raise RuntimeError(f"an environment worker failed:\n{answer}")
             result.update(answer)
