@@ -51,9 +51,10 @@ def test_an_outlier_squeezes_limits_but_not_quantiles():
     assert fitted(values, "quantile").normalize("action", torch.tensor([[1.0]])) > 0.95
 
 
-def test_gripper_that_rests_on_one_value_keeps_its_limits_under_quantiles():
-    values = torch.zeros(1000, 1)
-    values[500:505] = 1.0
+@pytest.mark.parametrize(("rest", "rare"), [(0.0, 1.0), (1.0, 0.0)])
+def test_gripper_that_rests_on_one_value_keeps_its_limits_under_quantiles(rest, rare):
+    values = torch.full((1000, 1), rest)
+    values[500:505] = rare
     got = fitted(values, "quantile").normalize("action", torch.tensor([[0.0], [1.0]]))
     torch.testing.assert_close(got, torch.tensor([[-1.0], [1.0]]))
 

@@ -45,7 +45,8 @@ def test_chunk_fan_draws_along_the_chunk_and_nowhere_else():
     assert changed[30, 12:48].all() and not changed[:25].any() and not changed[36:].any()
     first, last = drawn[30, 12].astype(int), drawn[30, 46].astype(int)
     assert first[2] > first[1] and last[1] > last[2]  # from violet to yellow-green
-    assert chunk_fan(picture, chunk[None], scale=2).shape == (120, 120, 3)
+    larger = (chunk_fan(picture, chunk[None], scale=2) != 255).any(axis=-1)
+    assert larger.shape == (120, 120) and larger[60, 24:96].all() and not larger[:50].any()
 
 
 def test_chunk_fan_shows_both_modes():
