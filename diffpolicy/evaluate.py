@@ -106,6 +106,7 @@ def evaluate(
         )
     alone = measure_latency(executor, choice.name, dataclasses.asdict(choice.options))
     fps = ENVIRONMENTS[choice.name][1].fps
+    console.print(summary_table(result, policy, choice, alone))  # before writing: a full disk must not swallow it
     write_rollout(
         result,
         out,
@@ -128,11 +129,11 @@ def evaluate(
         },
         fps=fps,
     )
-    console.print(summary_table(result, policy, choice, alone))
     console.print(
         f"results in {out}: results.json"
         + (", videos/" if videos else "")
-        + (", contact_sheet.png" if pictures else "")
+        + (", contact_sheet.png" if pictures else ""),
+        soft_wrap=True,
     )
     return result, out
 

@@ -85,6 +85,9 @@ def train(
         raise ValueError(f"--num-devices {num_devices}: {has}")
     if wandb_project is not None:
         _require_wandb()
+    for key, seed in (("seed", config.seed), ("data.split_seed", config.data.split_seed)):
+        if seed < 0:
+            raise ValueError(f"{key} must not be negative, got {seed}")
     stop_at = config.train.steps if stop_at is None else stop_at
     if not 1 <= stop_at <= config.train.steps:
         raise ValueError(f"--stop-at must be in [1, train.steps = {config.train.steps}], got {stop_at}")

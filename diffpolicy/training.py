@@ -52,6 +52,12 @@ class TrainConfig:
             raise ValueError(f"train.warmup_steps must be in [0, train.steps = {self.steps}], got {self.warmup_steps}")
         if self.lr <= 0:
             raise ValueError(f"train.lr must be positive, got {self.lr}")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ValueError(f"train.grad_clip must be positive, or null for no clipping, got {self.grad_clip}")
+        if self.weight_decay < 0:
+            raise ValueError(f"train.weight_decay must not be negative, got {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas must lie in [0, 1), got {tuple(self.betas)}")
         if not 0 <= self.ema_max < 1:
             raise ValueError(f"train.ema_max must be in [0, 1), got {self.ema_max}")
 

@@ -86,6 +86,9 @@ def test_learning_rate_without_warmup_starts_at_its_peak():
         ({"checkpoint_every": 0}, "train.checkpoint_every must be at least 1"),
         ({"steps": 5, "warmup_steps": 6}, r"train.warmup_steps must be in \[0, train.steps = 5\], got 6"),
         ({"lr": 0.0}, "train.lr must be positive"),
+        ({"grad_clip": 0.0}, "train.grad_clip must be positive, or null for no clipping, got 0.0"),
+        ({"weight_decay": -1.0}, "train.weight_decay must not be negative, got -1.0"),
+        ({"betas": (0.9, 1.0)}, r"train.betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
         ({"ema_max": 1.0}, r"train.ema_max must be in \[0, 1\), got 1.0"),
     ],
 )
