@@ -93,11 +93,15 @@ def test_clip_none_takes_the_clip_away_and_nothing_leaves_it(trained, tmp_path):
     )
 
 
-def test_fewer_steps_give_other_actions(trained, tmp_path):
-    long = {**FEW, "env_options": []}
-    a, _ = evaluate(trained, out=tmp_path / "a", steps=1, console=console(), **long)
-    b, _ = evaluate(trained, out=tmp_path / "b", steps=10, console=console(), **long)
-    assert [e.score for e in a.episodes] != [e.score for e in b.episodes]
+def test_fewer_steps_lead_elsewhere(trained, tmp_path):
+    """The last picture of an episode tells where the pusher went."""
+    last = {}
+    for i, steps in enumerate((1, 10, 10)):
+        result, _ = evaluate(
+            trained, out=tmp_path / str(i), steps=steps, console=console(), **{**FEW, "episodes": 1, "pictures": 1}
+        )
+        last[i] = result.pictures[100_000]
+    assert np.array_equal(last[1], last[2]) and not np.array_equal(last[0], last[1])
 
 
 def test_the_table_shows_the_numbers_of_the_summary(trained, tmp_path):
