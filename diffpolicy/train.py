@@ -18,8 +18,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -47,7 +45,6 @@ from diffpolicy.windows import load_windows, split_episodes
 
 METRICS = ("step", "train/loss", "train/lr", "train/steps_per_s", "val/loss", "val/action_mse")
 """Columns of metrics.csv, in order."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RUN_OF_RANK_0 = "DIFFPOLICY_RUN"
 """Environment variable that tells the other processes of a distributed run which folder theirs is."""
 
@@ -169,22 +166,11 @@ def train(
         use_distributed_sampler=False,  # BatchStream deals the windows out to the ranks
         default_root_dir=run,
     )
-    with _signals_restored(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*(treespec|in eval mode at the start).*")
         trainer.fit(module, data, ckpt_path=str(state) if state else None, weights_only=True)
     return run
-
-
-@contextmanager
-def _signals_restored() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def launched_rank() -> int:
@@ -229,7 +215,7 @@ class Keeper(L.Callback):
             self._bar.start()
             self._task = self._bar.add_task("train", total=self.stop_at, completed=trainer.global_step, shown="")
         if threading.current_thread() is threading.main_thread():  # else whoever runs us handles signals
-            for number in STOP_SIGNALS:
+            for number in (signal.SIGINT, signal.SIGTERM):  # Lightning gives all handlers back in the end
                 signal.signal(number, self._stop_soon)
 
     def _stop_soon(self, number, frame) -> None:

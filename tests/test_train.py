@@ -191,9 +191,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tiny_store, 
 def test_weights_that_are_not_finite_are_never_written(tiny_store, tmp_path):
     """One step can overflow the weights although its own loss was finite."""
     wild = {"lr": 3e38, "grad_clip": None, "warmup_steps": 0, "checkpoint_every": 1}
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(FloatingPointError, match=r"is not finite after step 1; .*No checkpoint was written yet"):
         run_tiny(tiny_store, tmp_path, train=wild)
     assert list_checkpoints(tmp_path / "tiny" / "run") == []
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_bad_window_behind_a_bad_loss_is_named(tiny_store, tmp_path, monkeypatch):
