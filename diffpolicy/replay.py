@@ -43,7 +43,6 @@ from diffpolicy.spec import ACTION, IMAGES, STATE, FieldSpec, unknown_name
 
 FORMAT = "diffpolicy-replay"
 FORMAT_VERSION = 1
-LOCK_FILE = ".writer.lock"
 OWN_ATTRS = ("format", "format_version", "fps", "keys", "tasks")
 
 SHARDED_ROW_BYTES = 4096
@@ -123,7 +122,7 @@ def open_root(path: str | os.PathLike, *, writable: bool = False) -> zarr.Group:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist{_interrupted_swap(path)}")
+        raise FileNotFoundError(f"{path} does not exist{interrupted_swap(path)}")
     if path.is_dir():
         if not any(path.iterdir()):
             raise ValueError(f"{path} is an empty folder, not a zarr store")
@@ -149,15 +148,6 @@ def open_root(path: str | os.PathLike, *, writable: bool = False) -> zarr.Group:
         raise ValueError(f"{path} has unreadable zarr metadata at its top: {_one_line(error)}") from error
 
 
-def list_files(path: str | os.PathLike) -> dict[str, int]:
-    """Every file of a store: name relative to its top, with / between folders -> size in bytes."""
-    path = Path(path)
-    if path.is_file():
-        with zipfile.ZipFile(path) as archive:
-            return {info.filename: info.compress_size for info in archive.infolist() if not info.is_dir()}
-    return {p.relative_to(path).as_posix(): p.stat().st_size for p in sorted(path.rglob("*")) if p.is_file()}
-
-
 def file_shape(array: zarr.Array) -> tuple[int, ...]:
     """Shape of the part of an array that lies in one file: a shard, or a chunk where there are no shards."""
     return array.shards or array.chunks
@@ -175,7 +165,7 @@ class ReplayBuffer:
     A buffer in mode "a" holds the store's writer lock until `close()`, the end of a `with` block, or its process's end.
     """
 
-    def __init__(self, path: Path, root: zarr.Group, *, lock: _WriterLock | None = None):
+    def __init__(self, path: Path, root: zarr.Group, *, lock: WriterLock | None = None):
         self.path = path
         self._root = root
         self._lock = lock
@@ -217,7 +207,7 @@ class ReplayBuffer:
         if root.metadata.zarr_format != 3 or root.attrs.get("format") != FORMAT:
             what = "zarr v2" if root.metadata.zarr_format == 2 else "not written by diffpolicy"
             raise ValueError(f"{path} is {what} and can only be read; to append: diffpolicy data convert {path} DST")
-        lock = _WriterLock(path)  # taken before reading, so that what is read stays true
+        lock = WriterLock(path)  # taken before reading, so that what is read stays true
         try:
             buffer = cls(path, open_root(path, writable=True), lock=lock)
             buffer._trim()
@@ -255,7 +245,7 @@ class ReplayBuffer:
             for key, spec in fields.items()
         }
         path.mkdir(parents=True, exist_ok=True)
-        lock = _WriterLock(path)
+        lock = WriterLock(path)
         try:
             root = zarr.create_group(str(path), zarr_format=3)
             data, meta = root.create_group("data"), root.create_group("meta")
@@ -545,7 +535,7 @@ def drop_episodes(
         if not kept:
             raise ValueError(f"dropping all {source.num_episodes} episodes would leave none; delete {path} instead")
         target = path if out is None else Path(out)
-        with _appears_whole(target, replace=out is None) as fresh:
+        with appears_whole(target, replace=out is None) as fresh:
             _rewrite(source, fresh, kept, dtypes={}, fps=source.fps, roles=source.roles, task="", progress=progress)
 
 
@@ -581,7 +571,7 @@ def convert(
     }
     roles = {**source.roles, **(roles or {})}
     fps = source.fps if fps is None else fps
-    with _appears_whole(Path(dst)) as fresh:
+    with appears_whole(Path(dst)) as fresh:
         everything = range(source.num_episodes)
         _rewrite(source, fresh, everything, dtypes=dtypes, fps=fps, roles=roles, task=task, progress=progress)
 
@@ -668,82 +658,7 @@ def _carry_meta(source: ReplayBuffer, target: ReplayBuffer, episodes: Sequence[i
         copy.update_attributes(dict(array.attrs))
 
 
-@contextmanager
-def _appears_whole(target: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder beside `target` to build a store in: renamed to it at the end, deleted if anything goes wrong."""
-    if not replace and target.exists():
-        raise FileExistsError(f"{target} exists already; choose another name, or delete it")
-    tag = uuid.uuid4().hex[:8]
-    fresh, old = (target.with_name(f".{target.name}.{which}-{tag}") for which in ("new", "old"))
-    try:
-        yield fresh
-        if replace:
-            os.rename(target, old)
-        os.rename(fresh, target)
-    except BaseException as error:
-        settle()
-        shutil.rmtree(fresh, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, f"{target} could not be written ({error.strerror or error})") from error
-        raise
-    if replace:
-        shutil.rmtree(old)
-
-
-def _interrupted_swap(path: Path) -> str:
-    """For the error about a missing store: where its content is if a rewrite was killed between its two renames."""
-    if not path.parent.is_dir():
-        return ""
-    old = sorted(path.parent.glob(f".{path.name}.old-*"))
-    return f", but an interrupted rewrite left {old[0]}, which is whole: rename it to {path.name}" if old else ""
-
-
 # Parts ---------------------------------------------------------------------------------------------------------------
-
-
-class _WriterLock:
-    """At most one writer per store: an flock on a file in it, which ends with its process however that ends."""
-
-    def __init__(self, path: Path):
-        import fcntl  # POSIX only, and only writers need it
-
-        self.path = path / LOCK_FILE
-        while True:
-            try:
-                file: BinaryIO = open(self.path, "a+b")
-            except OSError as error:
-                raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                owner = file.read(32).decode(errors="replace").strip() or "unknown"
-                file.close()
-                raise BlockingIOError(
-                    error.errno, f"{path} is being written by process {owner}; a store takes one writer at a time"
-                ) from error
-            # The previous owner removes the file when done; a lock on a removed file keeps nobody out.
-            if self._is_current(file):
-                break
-            file.close()
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n".encode())
-        file.flush()
-        self._file = file
-
-    @property
-    def released(self) -> bool:
-        return self._file.closed
-
-    def release(self) -> None:
-        if not self._file.closed:
-            if self._is_current(self._file):
-                self.path.unlink()
-            self._file.close()
-
-    def _is_current(self, file: BinaryIO) -> bool:
-        """Whether an open lock file is still the one at its path: it may have been removed, or its store replaced."""
-        return self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat())
 
 
 def _is_role(name: str) -> bool:

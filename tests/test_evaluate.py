@@ -71,13 +71,13 @@ def test_options_of_the_environment_change_only_what_they_name(store, tmp_path):
     from diffpolicy.config import load_config
     from tests.test_cli import SHORT
 
-    settings = [f"data.path={store}", *SHORT, "env.max_steps=30", "env.zone_radius=60"]
+    settings = [f"data.path={store}", *SHORT, "env.max_steps=30", "env.zone_radius=50"]
     run = trainer.train(
         load_config(["conf/task/tabletop.yaml"], settings), runs=tmp_path, name="r", device="cpu", progress=False
     )
     _, out = evaluate(run, out=tmp_path / "out", console=console(), **FEW)
     env = json.loads((out / "results.json").read_text())["env"]
-    assert (env["max_steps"], env["zone_radius"]) == (9, 60)
+    assert (env["max_steps"], env["zone_radius"]) == (9, 50)
 
 
 def test_clip_none_takes_the_clip_away_and_nothing_leaves_it(trained, tmp_path):

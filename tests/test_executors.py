@@ -118,6 +118,17 @@ def test_select_action_plans_every_third_step_and_equals_plan(make_policy, denoi
         np.testing.assert_array_equal(np.stack(chosen[start : start + 3]), planned[: len(chosen[start : start + 3])])
 
 
+def test_while_the_history_is_short_its_oldest_frame_is_repeated(make_policy):
+    """As before the first step of a training window; here every action is planned anew."""
+    policy = make_policy(horizons={**HORIZONS, "act": 1})
+    frames = [{k: v[0, 0] for k, v in observations(1, seed=i).items() if k != "task"} for i in range(2)]
+    executor = RecedingHorizon(policy)
+    executor.select_action(frames[0], torch.Generator().manual_seed(0))
+    chosen = executor.select_action(frames[1], torch.Generator().manual_seed(1))
+    obs = {k: np.stack([frames[0][k], frames[0][k], frames[1][k]])[None] for k in frames[0]}
+    np.testing.assert_array_equal(chosen, executor.plan(obs, [torch.Generator().manual_seed(1)])[0, 0])
+
+
 def test_reset_forgets_promises_and_history(make_policy):
     policy = make_policy(horizons=HORIZONS)
     frames = [{k: v[0, 0] for k, v in observations(1, seed=i).items() if k != "task"} for i in range(4)]
