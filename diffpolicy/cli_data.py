@@ -151,7 +151,8 @@ def _summary_table(buffer: ReplayBuffer):
     from rich.markup import escape
     from rich.table import Table
 
-    from diffpolicy.replay import FORMAT_VERSION, list_files
+    from diffpolicy.replay import FORMAT_VERSION
+    from diffpolicy.store_folder import list_files
 
     lengths = buffer.episode_lengths
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

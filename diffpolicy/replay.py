@@ -24,14 +24,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import zarr
@@ -40,6 +37,7 @@ from zarr.core.sync import sync
 from zarr.storage import ZipStore
 
 from diffpolicy.spec import ACTION, IMAGES, STATE, FieldSpec, unknown_name
+from diffpolicy.store_folder import WriterLock, appears_whole, interrupted_swap
 
 FORMAT = "diffpolicy-replay"
 FORMAT_VERSION = 1
@@ -605,23 +603,27 @@ def _rewrite(
     }
     spans = [source.episode_slice(i) for i in episodes]
     ends = np.cumsum([span.stop - span.start for span in spans])
-    with ReplayBuffer.create(path, fields=fields, fps=fps, roles=roles) as target:
-        target._root.update_attributes({k: v for k, v in source._attrs.items() if k not in OWN_ATTRS})
-        for key, array in target._arrays.items():
-            array.update_attributes(dict(source._arrays[key].attrs))
-            array.resize((int(ends[-1]), *array.shape[1:]))
-            done = 0
-            for rows in _runs_of_rows(spans, file_shape(array)[0]):
-                block = np.concatenate([source.read(key, run.start, run.stop) for run in rows])
-                array[done : done + len(block)] = to_uint8(block, key, rows[0].start) if key in dtypes else block
-                done += len(block)
-                if progress:
-                    progress(key, done, int(ends[-1]))
-        _carry_meta(source, target, episodes)
-        task_ids = np.array([target._task_id(source.episode_task(i) or task) for i in episodes], np.int64)
-        for meta, values in ((target._task_array, task_ids), (target._ends_array, ends)):
-            meta.resize(values.shape)
-            meta[:] = values
+    try:
+        with ReplayBuffer.create(path, fields=fields, fps=fps, roles=roles) as target:
+            target._root.update_attributes({k: v for k, v in source._attrs.items() if k not in OWN_ATTRS})
+            for key, array in target._arrays.items():
+                array.update_attributes(dict(source._arrays[key].attrs))
+                array.resize((int(ends[-1]), *array.shape[1:]))
+                done = 0
+                for rows in _runs_of_rows(spans, file_shape(array)[0]):
+                    block = np.concatenate([source.read(key, run.start, run.stop) for run in rows])
+                    array[done : done + len(block)] = to_uint8(block, key, rows[0].start) if key in dtypes else block
+                    done += len(block)
+                    if progress:
+                        progress(key, done, int(ends[-1]))
+            _carry_meta(source, target, episodes)
+            task_ids = np.array([target._task_id(source.episode_task(i) or task) for i in episodes], np.int64)
+            for meta, values in ((target._task_array, task_ids), (target._ends_array, ends)):
+                meta.resize(values.shape)
+                meta[:] = values
+    except BaseException:
+        settle()  # nothing may be written any more where the folder is about to be deleted
+        raise
 
 
 def _runs_of_rows(spans: Sequence[slice], size: int) -> Iterator[list[slice]]:

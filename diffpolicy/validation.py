@@ -19,16 +19,15 @@ import numpy as np
 
 from diffpolicy.replay import (
     FORMAT,
-    LOCK_FILE,
     MOST_EPISODES,
     Progress,
     file_shape,
     is_image,
-    list_files,
     open_root,
     settle,
 )
 from diffpolicy.spec import ACTION, FieldSpec
+from diffpolicy.store_folder import LOCK_FILE, list_files
 
 if TYPE_CHECKING:
     import zarr

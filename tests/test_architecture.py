@@ -18,7 +18,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: list[set[str]] = [
     {"spec"},
-    {"replay", "normalizer", "safety", "metrics", "plots", "envs"},
+    {"store_folder", "normalizer", "safety", "metrics", "plots", "envs"},
+    {"replay"},
     {"importers", "windows", "validation", "open_loop"},
     {"encoders", "denoisers", "processes", "guidance"},
     {"policies", "foreign"},
