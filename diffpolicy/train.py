@@ -391,14 +391,11 @@ def _run_of_rank_0(runs: Path, config: Config, name: str | None) -> Path:
 def _describe_run(run: Path, config: Config) -> None:
     """config.yaml and environment.json: the run folder explains itself."""
     OmegaConf.save(OmegaConf.create(config.to_dict()), run / "config.yaml")
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     environment = {
         "command": sys.argv,
         "started": datetime.datetime.now().isoformat(timespec="seconds"),
         "diffpolicy": __version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(Path(__file__).parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -408,6 +405,17 @@ def _describe_run(run: Path, config: Config) -> None:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     (run / "environment.json").write_text(json.dumps(environment, indent=2))
+
+
+def _commit(package: Path) -> str | None:
+    """The commit of the checkout that a package lies in; None where it is installed, or git is not."""
+    if shutil.which("git") is None:
+        return None
+    tracked = ["git", "-C", str(package), "ls-files", "--error-unmatch", "__init__.py"]  # not just a venv inside a repo
+    if subprocess.run(tracked, capture_output=True, check=False).returncode != 0:
+        return None
+    head = subprocess.run(["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() or None
 
 
 def _append_row(file: Path, step: int, row: dict[str, float]) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -64,6 +65,24 @@ def test_run_folder_explains_itself(finished):
     assert environment["torch"] == torch.__version__ and environment["command"]
     assert list((run / "tensorboard").glob("events.*"))
     assert "5 training and 1 validation episodes" in said and str(run) in said
+
+
+def test_training_needs_no_git(tiny_store, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = run_tiny(tiny_store, tmp_path / "runs")
+    assert json.loads((run / "environment.json").read_text())["commit"] is None
+
+
+def test_a_package_installed_inside_another_repository_does_not_claim_its_commit(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    package = tmp_path / "venv" / "diffpolicy"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    assert trainer._commit(package) is None
+    subprocess.run([*git, "add", "venv/diffpolicy/__init__.py"], check=True)
+    assert len(trainer._commit(package)) == 40
 
 
 def test_metrics_hold_every_logged_step_and_validation_once(finished):
