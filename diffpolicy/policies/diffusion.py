@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +41,13 @@ class DiffusionPolicy(nn.Module):
         """Chooses sampler, steps, spacing and clipping from here on; no retraining.
 
         Raises:
-            ValueError: the sampler cannot solve this policy's process.
+            ValueError: the sampler cannot solve this policy's process, or not with so many steps.
         """
         self.sampler = dataclasses.replace(config, name=resolve_sampler(self.process, config))
+        if config.eta and self.sampler.name != "ddim":
+            warnings.warn(
+                f"sampler.eta={config.eta} is ignored: only ddim adds noise so, this is {self.sampler.name}", stacklevel=2
+            )
         return self
 
     @property

@@ -6,7 +6,15 @@ from torch import Tensor
 
 from diffpolicy.processes.diffusion import Diffusion, DiffusionConfig
 from diffpolicy.processes.flow import Flow, FlowConfig
-from diffpolicy.processes.samplers import SAMPLERS, Denoise, Generators, SamplerConfig, clip_x0, draw_noise
+from diffpolicy.processes.samplers import (
+    SAMPLERS,
+    Denoise,
+    Generators,
+    SamplerConfig,
+    clip_x0,
+    draw_noise,
+    visited_steps,
+)
 from diffpolicy.processes.schedules import SCHEDULES
 from diffpolicy.spec import Condition
 
@@ -22,7 +30,7 @@ def resolve_sampler(process: Process, config: SamplerConfig) -> str:
     """The sampler's name for this process.
 
     Raises:
-        ValueError: the sampler cannot solve the process, with those that can.
+        ValueError: the sampler cannot solve the process, with those that can; or more steps than were trained.
     """
     name = process.samplers[0] if config.name == "auto" else config.name
     if name not in process.samplers:
@@ -30,6 +38,8 @@ def resolve_sampler(process: Process, config: SamplerConfig) -> str:
         raise ValueError(
             f"sampler.name={name} cannot sample process {kind!r}; it takes one of {list(process.samplers)}"
         )
+    if isinstance(process, Diffusion):
+        visited_steps(process.num_train_timesteps, config.num_inference_steps, config.spacing)  # raises now, not later
     return name
 
 

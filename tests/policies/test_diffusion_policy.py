@@ -119,6 +119,11 @@ def test_auto_sampler_is_resolved_so_that_results_can_name_it(tiny_policy):
     assert tiny_policy.sampler.name == "euler"
 
 
+def test_eta_that_the_sampler_ignores_is_said_aloud(make_policy):
+    with pytest.warns(UserWarning, match="sampler.eta=0.5 is ignored: only ddim adds noise so, this is euler"):
+        make_policy(sampler={"eta": 0.5})
+
+
 def test_sampler_of_another_process_is_refused_and_changes_nothing(tiny_policy):
     before = tiny_policy.sampler
     with pytest.raises(ValueError, match=r"sampler.name=ddim cannot sample process 'flow'"):

@@ -333,6 +333,11 @@ def test_auto_takes_the_first_sampler_of_the_process():
     assert resolve_sampler(Flow(FlowConfig()), SamplerConfig()) == "euler"
 
 
+def test_more_steps_than_were_trained_are_refused_when_the_sampler_is_chosen():
+    with pytest.raises(ValueError, match=r"num_inference_steps must be in \[1, process.num_train_timesteps = 50\], got 60"):
+        resolve_sampler(Diffusion(DiffusionConfig(num_train_timesteps=50)), SamplerConfig(num_inference_steps=60))
+
+
 @pytest.mark.parametrize(("process", "wrong"), [(Flow(FlowConfig()), "ddim"), (DIFFUSION, "euler")])
 def test_sampler_of_another_process_is_refused_with_those_that_fit(process, wrong):
     with pytest.raises(
