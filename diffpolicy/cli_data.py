@@ -179,15 +179,20 @@ def _key_table(buffer: ReplayBuffer, progress: Progress):
     from rich.table import Table
 
     table = Table(title="keys", title_justify="left", title_style="bold", header_style="bold")
-    for name in ("key", "role", "one step", "dtype", "min .. max", "names, units"):
-        table.add_column(name, overflow="fold")
+    table.add_column("key", no_wrap=True)
+    table.add_column("one step", no_wrap=True)
+    table.add_column("min .. max", overflow="fold")
     roles = buffer.roles
     for key, spec in buffer.fields.items():
-        shape = "x".join(map(str, spec.shape)) or "1 number"
-        extent = _extent(buffer, key, spec) if buffer.num_episodes else ""
+        shape = "x".join(map(str, spec.shape)) or "1"
+        ranges = _ranges(buffer, key, spec) if buffer.num_episodes else []
         progress(key, 1, 1)
-        words = _shortened(list(spec.names), " ") + (f" [{spec.units}]" if spec.units else "")
-        table.add_row(*map(escape, (key, roles.get(key, "-"), shape, spec.dtype, extent, words.strip() or "-")))
+        names = spec.names if len(spec.names) == len(ranges) else ()
+        unit = f" [{spec.units}]" if spec.units else ""
+        lines = [f"{extent}  {name}" for extent, name in zip(ranges, names or [""] * len(ranges), strict=True)]
+        role = roles.get(key, key)
+        name = key if role == key else f"{key} = {role}"
+        table.add_row(*map(escape, (name, f"{shape} {spec.dtype}{unit}", _shortened(lines, "\n"))))
     return table
 
 
@@ -206,8 +211,8 @@ def _task_table(buffer: ReplayBuffer):
     return table
 
 
-def _extent(buffer: ReplayBuffer, key: str, spec: FieldSpec) -> str:
-    """Smallest and largest value of a key: per dimension for small vectors, of some frames for pictures."""
+def _ranges(buffer: ReplayBuffer, key: str, spec: FieldSpec) -> list[str]:
+    """Smallest and largest value of each number of a key; of some frames, all pixels together, for pictures."""
     import numpy as np
 
     from diffpolicy.replay import is_image
@@ -216,16 +221,16 @@ def _extent(buffer: ReplayBuffer, key: str, spec: FieldSpec) -> str:
         rows = np.unique(np.linspace(0, buffer.num_steps - 1, FRAMES_SAMPLED).astype(int))
         frames = np.stack([buffer.read(key, row, row + 1) for row in rows])
         sampled = f" ({len(rows)} frames)" if len(rows) < buffer.num_steps else ""
-        return f"{_number(frames.min())} .. {_number(frames.max())}{sampled}"
+        return [f"{_number(frames.min())} .. {_number(frames.max())}{sampled}"]
     if np.dtype(spec.dtype).kind not in "biuf":
-        return "-"
+        return []
     low = high = None
     for start, stop in buffer.blocks(key):
         flat = buffer.read(key, start, stop).reshape(stop - start, -1)  # (n, D)
         with np.errstate(invalid="ignore"):
             low = flat.min(axis=0) if low is None else np.minimum(low, flat.min(axis=0))
             high = flat.max(axis=0) if high is None else np.maximum(high, flat.max(axis=0))
-    return _shortened([f"{_number(a)} .. {_number(b)}" for a, b in zip(low, high, strict=True)], "\n")
+    return [f"{_number(a)} .. {_number(b)}" for a, b in zip(low, high, strict=True)]
 
 
 def _shortened(parts: list[str], joint: str) -> str:
@@ -254,4 +259,4 @@ def _duration(seconds: float) -> str:
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"
+    return f"{size / 1e3:,.1f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"

@@ -58,10 +58,7 @@ def collect_demonstrations(
 
 
 def quickstart(*, out: Path, demonstrations: int, episodes: int, train_steps: int | None = None) -> Path:
-    """Collects, trains, rolls out; returns the run folder.
-
-    Raises:
-        ValueError: `out` holds a finished quick start already.
+    """Collects (or goes on with what is there), trains anew, rolls out; returns the run folder.
     """
     from diffpolicy import train as trainer
     from diffpolicy.evaluate import evaluate

@@ -41,7 +41,7 @@ def test_info_shows_episodes_keys_ranges_names_and_instructions(tmp_path):
     assert "20 / 22.5 / 25 steps" in row("lengths")
     for word in ("observation.images.top", "40x40x3", "uint8", "0 .. 255"):
         assert word in row("img")
-    assert "x y angle [m, m, rad]" in row("state")
+    assert "[m, m, rad]" in row("state") and row("state").endswith("x     │")
     state = np.concatenate([demonstration(i)["state"] for i in range(6)])
     assert f"{state[:, 0].min():.4g} .. {state[:, 0].max():.4g}" in row("state")
     assert [output.count(text) for text in ("2 │ push the T", "2 │ push the L", "2 │ (none)")] == [1, 1, 1]
