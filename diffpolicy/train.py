@@ -250,7 +250,7 @@ class Keeper(L.Callback):
                     self._log(trainer, step, row)
             shown = f"loss {row['train/loss']:.4f}"
             if "val/action_mse" in self.metrics:
-                shown += f"  val action mse {self.metrics['val/action_mse']:.4f}"
+                shown += f"  val action mse {self.metrics['val/action_mse']:.4f} (step {self.metrics['val/step']})"
             if self._bar and trainer.is_global_zero:
                 self._bar.update(self._task, completed=step, shown=shown)
             elif self._lines and trainer.is_global_zero and (step % config.checkpoint_every == 0 or last):
@@ -262,7 +262,7 @@ class Keeper(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
         row = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        self.metrics.update(row)
+        self.metrics.update(row | {"val/step": trainer.global_step})  # a checkpoint of this step is written already
         if trainer.is_global_zero:
             _append_row(self.run / "metrics.csv", trainer.global_step, row)
 

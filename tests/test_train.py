@@ -122,6 +122,14 @@ def test_checkpoint_holds_the_average_the_step_and_the_metrics(finished):
     load_policy(finished[0])
 
 
+def test_a_checkpoint_says_which_step_its_validation_is_of(finished):
+    run, _ = finished
+    validated = {int(r["step"]): float(r["val/loss"]) for r in rows_of(run) if r["val/loss"]}
+    metrics = read_description(run)["metrics"]
+    assert metrics["val/step"] == 4  # the checkpoint of step 8 is written before the validation of step 8
+    assert metrics["val/loss"] == pytest.approx(validated[4], rel=1e-5)
+
+
 def test_only_the_last_checkpoints_are_kept(tiny_store, tmp_path):
     run = run_tiny(tiny_store, tmp_path, train={"checkpoint_every": 2}, keep_checkpoints=2)
     assert [p.name for p in list_checkpoints(run)] == ["step_000006", "step_000008"]
