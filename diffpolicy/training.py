@@ -58,6 +58,8 @@ class TrainConfig:
             raise ValueError(f"train.weight_decay must not be negative, got {self.weight_decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas must lie in [0, 1), got {tuple(self.betas)}")
+        if self.ema_power <= 0:
+            raise ValueError(f"train.ema_power must be positive, got {self.ema_power}")
         if not 0 <= self.ema_max < 1:
             raise ValueError(f"train.ema_max must be in [0, 1), got {self.ema_max}")
 

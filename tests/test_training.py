@@ -89,6 +89,7 @@ def test_learning_rate_without_warmup_starts_at_its_peak():
         ({"grad_clip": 0.0}, "train.grad_clip must be positive, or null for no clipping, got 0.0"),
         ({"weight_decay": -1.0}, "train.weight_decay must not be negative, got -1.0"),
         ({"betas": (0.9, 1.0)}, r"train.betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"ema_power": -1.0}, "train.ema_power must be positive, got -1.0"),
         ({"ema_max": 1.0}, r"train.ema_max must be in \[0, 1\), got 1.0"),
     ],
 )
