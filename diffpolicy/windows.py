@@ -164,6 +164,9 @@ def load_windows(
         raise ValueError(f"data.keys must name the action, got only {sorted(keys)}")
     if not any(role.startswith("observation.") for role in keys):
         raise ValueError(f"data.keys must name at least one observation.*, got only {sorted(keys)}")
+    for role in keys:
+        if role != ACTION and not role.startswith("observation."):
+            raise ValueError(f"data.keys must be action or observation.*, got {role!r}, which no policy would look at")
     arrays = {role: read_role(buffer, role, selection) for role, selection in keys.items()}
     fields = {}
     for role, array in arrays.items():

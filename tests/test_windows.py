@@ -189,6 +189,10 @@ def test_selection_takes_these_dimensions(tiny_store, selection, columns):
     [
         ({"observation.state": "state"}, r"data.keys must name the action, got only \['observation.state'\]"),
         ({"action": "action"}, r"data.keys must name at least one observation"),
+        (
+            {"action": "action", "observation.state": "state", "observatoin.goal": "state"},
+            "data.keys must be action or observation.*, got 'observatoin.goal'",
+        ),
         ({"action": "action", "observation.state": "state[5:]"}, "takes nothing; state has 5 numbers a step"),
         ({"action": "action", "observation.state": "stat"}, "stat"),
         ({"action": "action", "observation.images.top": "state[0:1]"}, "is an image; dimensions cannot be chosen"),
