@@ -12,8 +12,9 @@ import typer
 if TYPE_CHECKING:
     import numpy as np
 
-    from diffpolicy.replay import Progress, ReplayBuffer
+    from diffpolicy.replay import ReplayBuffer
     from diffpolicy.spec import FieldSpec
+    from diffpolicy.store_layout import Progress
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look at, check and rewrite demonstrations.")
 
@@ -151,8 +152,8 @@ def _summary_table(buffer: ReplayBuffer):
     from rich.markup import escape
     from rich.table import Table
 
-    from diffpolicy.replay import FORMAT_VERSION
     from diffpolicy.store_folder import list_files
+    from diffpolicy.store_layout import FORMAT_VERSION
 
     lengths = buffer.episode_lengths
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -215,7 +216,7 @@ def _ranges(buffer: ReplayBuffer, key: str, spec: FieldSpec) -> list[str]:
     """Smallest and largest value of each number of a key; of some frames, all pixels together, for pictures."""
     import numpy as np
 
-    from diffpolicy.replay import is_image
+    from diffpolicy.store_layout import is_image
 
     if is_image(spec):
         rows = np.unique(np.linspace(0, buffer.num_steps - 1, FRAMES_SAMPLED).astype(int))

@@ -7,8 +7,8 @@
       attrs                           format, format_version, fps, tasks, and per key role, names, units (ours)
 
 `data/` and `meta/episode_ends` are the classic layout of Diffusion Policy (Chi et al. 2023, arXiv:2303.04137); its
-stores in zarr v2 are read as they come, new ones are zarr v3. Only this file and the importers know zarr; nothing here
-imports torch.
+stores in zarr v2 are read as they come, new ones are zarr v3. store_layout.py says what a store may hold, store_folder.py
+guards the folder it lies in; only this file and the importers know zarr. Nothing here imports torch.
 
 **Crash safety.** `append_episode` writes the arrays, then episode_task, then episode_ends; an episode exists once its
 end does. Every file is replaced by rename (zarr's LocalStore since 3.1.3), so that rewriting the shard in which an
@@ -26,7 +26,7 @@ import asyncio
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,59 +36,27 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.sync import sync
 from zarr.storage import ZipStore
 
-from diffpolicy.spec import ACTION, IMAGES, STATE, FieldSpec, unknown_name
+from diffpolicy.spec import FieldSpec, unknown_name
 from diffpolicy.store_folder import WriterLock, appears_whole, interrupted_swap
+from diffpolicy.store_layout import (
+    FORMAT,
+    FORMAT_VERSION,
+    MOST_EPISODES,
+    OWN_ATTRS,
+    Progress,
+    check_episode,
+    check_fields,
+    check_task_ids,
+    chunk_shapes,
+    finished_ends,
+    is_image,
+    is_role,
+    own_attrs,
+    to_uint8,
+)
 
-FORMAT = "diffpolicy-replay"
-FORMAT_VERSION = 1
-OWN_ATTRS = ("format", "format_version", "fps", "keys", "tasks")
-
-SHARDED_ROW_BYTES = 4096
-"""Keys whose steps are at least this large (images) are sharded; smaller ones lie in plain chunks of whole rows."""
-INNER_CHUNK_BYTES = 128 * 1024
-"""Raw size of a chunk inside a shard: 4 frames of 96x96x3, one of a larger camera. A frame alone reads as fast as from
-chunks of one (0.7 ms), all frames read four times faster, and neighbours compress to half the size."""
-SHARD_BYTES = 16 * 1024 * 1024
-"""Raw size of a shard, which is one file: appending rewrites at most one of them per key."""
-PLAIN_CHUNK_BYTES = 128 * 1024
-MOST_EPISODES = 100_000_000
-"""More than this is a damaged number, not to be allocated for."""
 BLOCK_BYTES = 64 * 1024 * 1024
 """How much of a key is held in memory at once when a whole store is streamed."""
-
-Progress = Callable[[str, int, int], None]
-"""progress(key, rows done, rows in all)."""
-
-
-def is_image(spec: FieldSpec) -> bool:
-    """Whether a key holds pictures: (H, W, 3) or (H, W, 1) at each step."""
-    return len(spec.shape) == 3 and spec.shape[-1] in (1, 3) and np.dtype(spec.dtype).kind in "uif"
-
-
-def to_uint8(frames: np.ndarray, key: str, first_row: int) -> np.ndarray:
-    """Pictures stored as other numbers, as uint8, provided that nothing is lost.
-
-    Args:
-        frames: (n, H, W, C), any real type.
-        key: for the error.
-        first_row: the row of the store at which `frames` begins, for the error.
-    Raises:
-        ValueError: a value is not a whole number in 0..255.
-    """
-    if frames.dtype == np.uint8:
-        return frames
-    exact = _cast_uint8(frames)
-    wrong = exact != frames
-    if wrong.any():
-        index = np.unravel_index(np.argmax(wrong), wrong.shape)
-        where = ", ".join(str(i) for i in (first_row + index[0], *index[1:]))
-        raise ValueError(f"{key} must hold whole numbers in 0..255 to become uint8, got [{where}] = {frames[index]}")
-    return exact
-
-
-def _cast_uint8(frames: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # NaN becomes something, and then differs from itself
-        return frames.astype(np.uint8)
 
 
 def settle() -> None:
@@ -168,12 +136,12 @@ class ReplayBuffer:
         self._root = root
         self._lock = lock
         self._attrs = dict(root.attrs)
-        self._described, self._tasks = _own_attrs(path, self._attrs)
+        self._described, self._tasks = own_attrs(path, self._attrs)
         self._arrays = _data_arrays(path, root)
         self._ends_array = _meta_array(path, root, "episode_ends")
         if self._ends_array is None:
             raise ValueError(f"{path} has no meta/episode_ends; a replay store says there where its episodes end")
-        self._ends = _finished_ends(path, self._ends_array)
+        self._ends = _read_ends(path, self._ends_array)
         for key, array in self._arrays.items():
             if array.shape[0] < self.num_steps:
                 raise ValueError(
@@ -181,7 +149,7 @@ class ReplayBuffer:
                     f"see what else is wrong with: diffpolicy data validate {path}"
                 )
         self._task_array = _meta_array(path, root, "episode_task") if self.is_ours else None
-        self._task_ids = _task_ids(path, self._task_array, len(self._ends), len(self._tasks))
+        self._task_ids = _read_task_ids(path, self._task_array, len(self._ends), len(self._tasks))
 
     @classmethod
     def open(cls, path: str | os.PathLike, mode: str = "r") -> ReplayBuffer:
@@ -237,7 +205,7 @@ class ReplayBuffer:
         path = Path(path)
         if path.exists() and (path.is_file() or any(path.iterdir())):
             raise FileExistsError(f"{path} exists already; append with ReplayBuffer.open(path, mode='a'), or delete it")
-        _check_fields(fields, fps, roles)
+        check_fields(fields, fps, roles)
         described = {
             key: {"role": (roles or {}).get(key, ""), "names": list(spec.names), "units": spec.units}
             for key, spec in fields.items()
@@ -290,7 +258,7 @@ class ReplayBuffer:
         """key -> role, for keys that have one; a key named like a role has that role."""
         roles = {}
         for key in self.keys:
-            if role := self._described.get(key, {}).get("role") or (key if _is_role(key) else ""):
+            if role := self._described.get(key, {}).get("role") or (key if is_role(key) else ""):
                 roles[key] = role
         return roles
 
@@ -419,14 +387,14 @@ class ReplayBuffer:
         if self._lock is None or self._lock.released:
             raise ValueError(f"{self.path} is open to read only; to append: ReplayBuffer.open(path, mode='a')")
         data = {key: np.asarray(value) for key, value in data.items()}
-        length = self._check_episode(data)
+        length = check_episode(self.path, self.fields, data)
         index, start, stop = self.num_episodes, self.num_steps, self.num_steps + length
         try:
             task_id = self._task_id(task)
             for key, array in self._arrays.items():
                 array.resize((stop, *array.shape[1:]))
                 array[start:stop] = data[key]
-            # zarr resizes, then fills in: between the two this episode ends at 0, which _finished_ends knows.
+            # zarr resizes, then fills in: between the two this episode ends at 0, which finished_ends knows.
             for meta, value in ((self._task_array, task_id), (self._ends_array, stop)):
                 meta.resize((index + 1,))
                 meta[index] = value
@@ -441,29 +409,6 @@ class ReplayBuffer:
             ) from error
         self._ends = np.append(self._ends, stop)
         self._task_ids = np.append(self._task_ids, task_id)
-
-    def _check_episode(self, data: dict[str, np.ndarray]) -> int:
-        """Length T of an episode that fits the store."""
-        for key in data:
-            if key not in self._arrays:
-                raise unknown_name(f"key of {self.path}", key, self._arrays)
-        if missing := [key for key in self._arrays if key not in data]:
-            raise ValueError(f"an episode of {self.path} must have the keys {list(self._arrays)}, {missing} missing")
-        lengths = {key: len(value) if value.ndim else 0 for key, value in data.items()}
-        if len(set(lengths.values())) != 1 or not all(lengths.values()):
-            raise ValueError(f"all keys of an episode must have the same length of at least 1, got {lengths}")
-        for key, spec in self.fields.items():
-            value = data[key]
-            if value.shape[1:] != spec.shape:
-                raise ValueError(f"a step of {key} must have shape {spec.shape}, got {value.shape[1:]} ({self.path})")
-            if value.dtype.name != spec.dtype:
-                fix = f"convert with .astype({spec.dtype!r})"
-                raise ValueError(f"{key} must be {spec.dtype} as in {self.path}, got {value.dtype}; {fix}")
-            if value.dtype.kind in "fc" and not np.isfinite(value).all():
-                index = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
-                where = f"row {index[0]} of the episode, position {index[1:]}"
-                raise ValueError(f"{key} must be finite, got {value[index]} at {where}")
-        return next(iter(lengths.values()))
 
     def _task_id(self, task: str) -> int:
         if not task:
@@ -578,7 +523,9 @@ def _holds_uint8(source: ReplayBuffer, key: str, progress: Progress | None) -> b
     """Whether a float camera can become uint8 without loss; one that cannot usually shows it in its first block."""
     for start, stop in source.blocks(key):
         block = source.read(key, start, stop)
-        if not np.array_equal(_cast_uint8(block), block):
+        try:
+            to_uint8(block, key, start)
+        except ValueError:
             return False
         if progress:
             progress(f"{key} (check)", stop, source.num_steps)
@@ -663,54 +610,13 @@ def _carry_meta(source: ReplayBuffer, target: ReplayBuffer, episodes: Sequence[i
 # Parts ---------------------------------------------------------------------------------------------------------------
 
 
-def _is_role(name: str) -> bool:
-    return name == ACTION or name.startswith("observation.")
-
-
-def _check_fields(fields: Mapping[str, FieldSpec], fps: float | None, roles: Mapping[str, str] | None) -> None:
-    if not fields:
-        raise ValueError("fields must name at least one key, got none")
-    if fps is not None and not (np.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps must be a positive number or None, got {fps}")
-    for key, spec in fields.items():
-        if not key or key.startswith((".", "/")) or key.endswith("/") or "//" in key:
-            raise ValueError(f"a key must be a plain name such as 'action' or 'observation.images.front', got {key!r}")
-        if np.dtype(spec.dtype).kind not in "biufc":
-            raise ValueError(f"{key} must hold numbers or booleans, got dtype {spec.dtype}")
-        if any(size < 1 for size in spec.shape):
-            raise ValueError(f"{key} must have sizes of at least 1, got shape {spec.shape}")
-        size = int(np.prod(spec.shape))
-        if spec.names and len(spec.names) != size:
-            raise ValueError(f"{key} has {size} numbers in one step, got {len(spec.names)} names {spec.names}")
-    for key, role in (roles or {}).items():
-        if key not in fields:
-            raise unknown_name(f"the key of role {role!r}", key, fields)
-        if not _is_role(role):
-            raise ValueError(f"the role of {key} must be {ACTION!r} or like {STATE!r} or '{IMAGES}front', got {role!r}")
-
-
 def _create_array(group: zarr.Group, key: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """An array of ours: zstd and crc32c; pictures in shards of small chunks, so that one frame reads alone."""
-    row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-    if row_bytes >= SHARDED_ROW_BYTES:
-        rows = _power_of_two(INNER_CHUNK_BYTES / row_bytes, largest=16)
-        shards = (max(4 * rows, _power_of_two(SHARD_BYTES / row_bytes, largest=1024)), *shape[1:])
-    else:
-        rows = _power_of_two(PLAIN_CHUNK_BYTES / row_bytes, largest=4096)
-        shards = None
+    chunks, shards = chunk_shapes(shape[1:], dtype)
+    compressors = [ZstdCodec(level=3), Crc32cCodec()]
     group.create_array(
-        key,
-        shape=shape,
-        dtype=dtype,
-        chunks=(rows, *shape[1:]),
-        shards=shards,
-        compressors=[ZstdCodec(level=3), Crc32cCodec()],
-        fill_value=0,
+        key, shape=shape, dtype=dtype, chunks=chunks, shards=shards, compressors=compressors, fill_value=0
     )
-
-
-def _power_of_two(size: float, largest: int) -> int:
-    return min(largest, 1 << max(0, int(np.log2(max(1, size)))))
 
 
 def _writes_all_chunks(array: zarr.Array) -> zarr.Array:
@@ -748,54 +654,27 @@ def _meta_array(path: Path, root: zarr.Group, key: str) -> zarr.Array | None:
     return _writes_all_chunks(array)
 
 
-def _own_attrs(path: Path, attrs: Mapping[str, Any]) -> tuple[dict[str, dict], list[str]]:
-    """(key -> role, names and units; tasks) of a store of ours; both empty for others."""
-    if attrs.get("format") != FORMAT:
-        return {}, []
-    version, keys, tasks = (attrs.get(name) for name in ("format_version", "keys", "tasks"))
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {version}; this diffpolicy reads up to {FORMAT_VERSION}")
-    if not isinstance(keys, dict) or not all(isinstance(known, dict) for known in keys.values()):
-        raise ValueError(f"{path}: attrs['keys'] must map keys to role, names and units, got {keys!r:.100}")
-    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
-        raise ValueError(f"{path}: attrs['tasks'] must be a list of instructions, got {tasks!r:.100}")
-    return keys, list(tasks)
+def _read_ends(path: Path, array: zarr.Array) -> np.ndarray:
+    """(E,) ends of finished episodes."""
+    if array.shape[0] > MOST_EPISODES:
+        raise ValueError(f"{path}: meta/episode_ends claims {array.shape[0]} episodes; its metadata must be damaged")
+    return finished_ends(path, _read_meta(path, array))
 
 
-def _task_ids(path: Path, array: zarr.Array | None, num_episodes: int, num_tasks: int) -> np.ndarray:
+def _read_task_ids(path: Path, array: zarr.Array | None, num_episodes: int, num_tasks: int) -> np.ndarray:
     """(E,) index into tasks, -1 for none."""
     if array is None:
         return np.full(num_episodes, -1)
-    try:
-        ids = np.asarray(array[:num_episodes])
-    except Exception as error:
-        raise ValueError(f"{path}: meta/episode_task cannot be read: {_one_line(error)}") from error
-    if len(ids) < num_episodes:
-        raise ValueError(f"{path}: meta/episode_task has {len(ids)} entries for {num_episodes} episodes")
-    if len(ids) and not -1 <= ids.min() <= ids.max() < num_tasks:
-        raise ValueError(f"{path}: meta/episode_task must be in -1..{num_tasks - 1}, got {ids.min()}..{ids.max()}")
+    ids = _read_meta(path, array, num_episodes)
+    check_task_ids(path, ids, num_episodes, num_tasks)
     return ids
 
 
-def _finished_ends(path: Path, array: zarr.Array) -> np.ndarray:
-    """(E,) ends of finished episodes; a single 0 at the end is an episode whose end was about to be written."""
-    if array.shape[0] > MOST_EPISODES:
-        raise ValueError(f"{path}: meta/episode_ends claims {array.shape[0]} episodes; its metadata must be damaged")
+def _read_meta(path: Path, array: zarr.Array, stop: int | None = None) -> np.ndarray:
     try:
-        ends = np.asarray(array[:]).astype(np.int64)
+        return np.asarray(array[:stop])
     except Exception as error:
-        raise ValueError(f"{path}: meta/episode_ends cannot be read: {_one_line(error)}") from error
-    if len(ends) and ends[-1] == 0:
-        ends = ends[:-1]
-    wrong = np.diff(ends, prepend=0) <= 0
-    if wrong.any():
-        i = int(np.argmax(wrong))
-        before = ends[i - 1] if i else 0
-        raise ValueError(
-            f"{path}: meta/episode_ends must increase from above 0, got {before} then {ends[i]} at [{i}]; "
-            f"see what else is wrong with: diffpolicy data validate {path}"
-        )
-    return ends
+        raise ValueError(f"{path}: {array.path} cannot be read: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -17,17 +17,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffpolicy.replay import (
-    FORMAT,
-    MOST_EPISODES,
-    Progress,
-    file_shape,
-    is_image,
-    open_root,
-    settle,
-)
+from diffpolicy.replay import file_shape, open_root, settle
 from diffpolicy.spec import ACTION, FieldSpec
 from diffpolicy.store_folder import LOCK_FILE, list_files
+from diffpolicy.store_layout import FORMAT, MOST_EPISODES, Progress, is_image
 
 if TYPE_CHECKING:
     import zarr
