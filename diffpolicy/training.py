@@ -139,6 +139,17 @@ class ReplayDataModule(L.LightningDataModule):
         super().__init__()
         self.train, self.val, self.config, self.seed = train, val, config, seed
 
+    def state_dict(self) -> dict:
+        return {"num_windows": len(self.train)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError where the data have changed since: every batch from here on would be another."""
+        if state["num_windows"] != len(self.train):
+            raise ValueError(
+                f"the data give {len(self.train)} training windows, the run began with {state['num_windows']}; "
+                "resume with the data it began with (--data, if they moved), or start a new run"
+            )
+
     def stream(self, start_step: int = 0) -> BatchStream:
         trainer = self.trainer
         return BatchStream(

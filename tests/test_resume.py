@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from diffpolicy import train as trainer
 from diffpolicy.checkpoint import list_checkpoints, load_policy
+from diffpolicy.replay import ReplayBuffer
 from diffpolicy.training import BatchStream
 from tests.conftest import TINY_KEYS, tiny_config_for
 from tests.test_train import quiet, rows_of, run_tiny
@@ -159,6 +160,14 @@ def test_other_data_than_the_run_was_trained_on_are_refused(tiny_store, tmp_path
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, keys=keys))
     with pytest.raises(ValueError, match=r"tiny.zarr does not fit the run: it has .*\(2,\).*trained on .*\(3,\)"):
         trainer.train(config, resume=run, device="cpu", console=quiet())
+
+
+def test_data_with_other_episodes_than_the_run_was_trained_on_are_refused(tiny_store, tmp_path):
+    run = run_tiny(tiny_store, tmp_path, train=STEPS, stop_at=5)
+    with ReplayBuffer.open(tiny_store, mode="a") as buffer:
+        buffer.append_episode(buffer.episode(0))
+    with pytest.raises(ValueError, match=r"the data give \d+ training windows, the run began with \d+"):
+        resume(run)
 
 
 def test_a_folder_that_cannot_be_resumed_is_named(tmp_path, tiny_store):
