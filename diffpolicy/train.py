@@ -38,6 +38,7 @@ from diffpolicy.checkpoint import (
     save_policy,
 )
 from diffpolicy.config import Config, build_policy
+from diffpolicy.policies import DiffusionPolicy
 from diffpolicy.replay import ReplayBuffer
 from diffpolicy.spec import ACTION, DataSpec, MissingExtraError
 from diffpolicy.training import PolicyModule, ReplayDataModule
@@ -106,6 +107,7 @@ def train(
     rows = torch.from_numpy(_rows_of(buffer, training))
     for key in (*spec.state_keys, ACTION):
         policy.normalizer.fit(key, train_windows.arrays[key][rows])
+    _warn_of_clipped_actions(policy, train_windows.arrays[ACTION][rows], console)
     module = PolicyModule(policy, config=config.train, seed=config.seed)
     data = ReplayDataModule(train_windows, val_windows, config=config.train, seed=config.seed)
 
@@ -368,6 +370,21 @@ def _require_finite(arrays: dict[str, torch.Tensor], buffer: ReplayBuffer, rows)
                 f"{bad[0] - buffer.episode_slice(episode).start} (row {bad[0]}); drop it with `diffpolicy data drop "
                 f"{buffer.path} --episodes {episode}`, see all with `diffpolicy data validate {buffer.path}`"
             )
+
+
+def _warn_of_clipped_actions(policy: DiffusionPolicy, actions: torch.Tensor, console: Console) -> None:
+    limit = policy.sampler.clip_sample
+    if limit is None:
+        return
+    size = policy.normalizer.normalize(ACTION, actions).abs()  # (N, D_act)
+    beyond = (size > limit * 1.001).float().mean().item()
+    if beyond:
+        console.print(
+            f"warning: sampler.clip_sample={limit} cuts off {beyond:.2%} of the recorded actions, which reach "
+            f"{size.max().item():.3g} when normalised by normalizer.action={policy.normalizer.modes[ACTION]}; "
+            "set sampler.clip_sample=null (or higher), or normalizer.action=limits",
+            soft_wrap=True,
+        )
 
 
 def _new_run(runs: Path, config: Config, name: str | None) -> Path:

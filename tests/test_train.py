@@ -250,6 +250,21 @@ def test_a_batch_larger_than_the_dataset_is_said_aloud(tiny_store, tmp_path):
     assert "train.batch_size=5000 is lowered to" in said
 
 
+@pytest.mark.parametrize(
+    ("mode", "clip", "said"), [("limits", 1.0, False), ("gaussian", 1.0, True), ("gaussian", None, False)]
+)
+def test_clipping_that_cuts_off_recorded_actions_is_said_aloud(tiny_store, tmp_path, mode, clip, said):
+    config = tiny_config_for(
+        tiny_store,
+        normalizer={"action": mode},
+        sampler={"clip_sample": clip, "num_inference_steps": 2},
+        train={"steps": 1, "warmup_steps": 0},
+    )
+    console = quiet()
+    trainer.train(config, runs=tmp_path, device="cpu", console=console)
+    assert ("sampler.clip_sample=1.0 cuts off" in console.file.getvalue()) == said
+
+
 def test_training_without_a_validation_set_runs(tiny_store, tmp_path):
     config = tiny_config_for(tiny_store)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_ratio=0.0))
