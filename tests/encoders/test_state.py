@@ -61,3 +61,10 @@ def test_data_without_states_is_refused():
 def test_impossible_choice_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         StateConfig(**wrong)
+
+
+def test_cameras_that_are_not_looked_at_are_said_aloud():
+    camera = {"observation.images.top": FieldSpec(shape=(96, 96, 3), dtype="uint8")}
+    spec = DataSpec(fields={**SPEC.fields, **camera})
+    with pytest.warns(UserWarning, match=r"encoder.name=state does not look at \('observation.images.top',\)"):
+        StateEncoder(StateConfig(), spec=spec, obs_horizon=2)
