@@ -62,6 +62,8 @@ def evaluate(
     described = read_description(folder)
     config = config_from_dict(described["config"])
     choice = _choose_env(config.env, env, env_options)
+    if policy.spec.image_keys and hasattr(choice.options, "pixels"):  # without its camera it could not act
+        choice = Choice(choice.name, dataclasses.replace(choice.options, pixels=True))
     change = {"name": sampler, "num_inference_steps": steps, "spacing": spacing, "clip_sample": _parse_clip(clip)}
     change = {k: v for k, v in change.items() if v is not None}
     if change.get("clip_sample") == float("inf"):
@@ -193,8 +195,14 @@ def summary_table(result: RolloutResult, policy: DiffusionPolicy, env: Choice, a
     """The rollout as a person reads it."""
     s = result.summary()
     sampler = policy.sampler
+    cut = s["episodes"] < s["episodes_planned"]
+    count = (
+        f"{s['episodes']} of {s['episodes_planned']} episodes (interrupted: biased)"
+        if cut
+        else f"{s['episodes']} episodes"
+    )
     table = Table(
-        title=f"{env.name}: {s['episodes']} episodes, {sampler.name} with {sampler.num_inference_steps} steps",
+        title=f"{env.name}: {count}, {sampler.name} with {sampler.num_inference_steps} steps",
         title_justify="left",
     )
     table.add_column("measure")

@@ -1,5 +1,6 @@
 """One rollout of a checkpoint from start to finish, and the replay of a recording."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -125,6 +126,35 @@ def test_a_policy_without_an_environment_asks_for_one(store, trained, tmp_path):
     with pytest.raises(ValueError, match=r"names no environment; choose one with --env from \['pusht', 'tabletop'\]"):
         evaluate(copy, console=console(), **few)
     assert len(evaluate(copy, env="tabletop", console=console(), **FEW)[0].episodes) == 2
+
+
+def test_a_camera_policy_gets_its_camera_without_being_asked(tmp_path):
+    from diffpolicy.config import load_config
+    from diffpolicy.quickstart import collect_demonstrations
+    from diffpolicy.train import train
+
+    collect_demonstrations("tabletop", out=tmp_path / "t.zarr", episodes=2, options={"pixels": True})
+    role = "observation.images.top"
+    encoder = ["encoder.name=resnet", "encoder.resize=[40,40]", "encoder.feature_dim=4", "encoder.num_keypoints=2"]
+    few = [f"data.path={tmp_path / 't.zarr'}", f"data.keys.{role}={role}", "denoiser.width=16", *encoder]
+    config = load_config(
+        ["conf/task/tabletop.yaml"], [*few, "train.steps=1", "train.warmup_steps=0", "train.batch_size=2"]
+    )
+    assert not config.env.options.pixels
+    run = train(config, runs=tmp_path, device="cpu", progress=False)
+    result, out = evaluate(run, num_workers=0, console=console(), **{**FEW, "episodes": 1})
+    assert len(result.episodes) == 1
+    assert json.loads((out / "results.json").read_text())["env"]["pixels"]
+
+
+def test_the_table_of_an_interrupted_rollout_says_so(trained, tmp_path, monkeypatch):
+    from diffpolicy import evaluate as module
+
+    cut = module.rollout
+    monkeypatch.setattr(module, "rollout", lambda *args, **kw: dataclasses.replace(cut(*args, **kw), planned=5))
+    said = console()
+    evaluate(trained, out=tmp_path / "out", console=said, **FEW)
+    assert "tabletop: 2 of 5 episodes (interrupted: biased)" in said.file.getvalue()
 
 
 def test_a_recording_of_this_simulator_replays_without_drift(store, tmp_path):
