@@ -23,6 +23,7 @@ This file is longer than most, because everything that touches zarr is meant to 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import warnings
 import zipfile
@@ -148,6 +149,7 @@ class ReplayBuffer:
                     f"{path}: data/{key} has {array.shape[0]} rows, but episode_ends says {self.num_steps}; "
                     f"see what else is wrong with: diffpolicy data validate {path}"
                 )
+        self._said_missing: set[str] = set()
         self._task_array = _meta_array(path, root, "episode_task") if self.is_ours else None
         self._task_ids = _read_task_ids(path, self._task_array, len(self._ends), len(self._tasks))
 
@@ -326,6 +328,7 @@ class ReplayBuffer:
         if not 0 <= start <= stop <= self.num_steps:
             raise ValueError(f"{self.path}: rows of {key} must lie in 0..{self.num_steps}, got [{start}, {stop})")
         try:
+            self._require_files(key, array, start, stop)
             return np.asarray(array[start:stop])
         except Exception as error:  # codecs raise RuntimeError, ValueError, ... for damaged chunks
             settle()
@@ -333,6 +336,27 @@ class ReplayBuffer:
                 f"{self.path}: {key}[{start}:{stop}] cannot be read ({_one_line(error)}); "
                 f"find the damage with: diffpolicy data validate {self.path}"
             ) from error
+
+    def _require_files(self, key: str, array: zarr.Array, start: int, stop: int) -> None:
+        """zarr reads a missing chunk as its fill value without a word: damage in a store of ours, else worth a warning."""
+        if not self.path.is_dir() or key in self._said_missing:
+            return
+        sizes = file_shape(array)
+        rows = range(start // sizes[0], -(-stop // sizes[0]))
+        columns = (range(-(-length // size)) for length, size in zip(array.shape[1:], sizes[1:], strict=True))
+        for coords in itertools.product(rows, *columns):
+            name = f"{array.path}/{array.metadata.encode_chunk_key(coords)}"
+            if (self.path / name).exists():
+                continue
+            if self.is_ours:
+                raise FileNotFoundError(f"{name} is missing")
+            self._said_missing.add(key)
+            warnings.warn(
+                f"{self.path}: {name} is missing and is read as {array.fill_value}; some writers leave out chunks of "
+                f"nothing else, see diffpolicy data validate {self.path}",
+                stacklevel=3,
+            )
+            return
 
     def blocks(self, key: str) -> Iterator[tuple[int, int]]:
         """(start, stop) of runs of rows that cover a key, aligned with its files, about 64 MiB each."""

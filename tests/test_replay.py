@@ -599,3 +599,22 @@ def test_a_few_pusht_episodes_convert_to_the_same_numbers(tmp_path):
     assert buffer.episode_ends.tolist() == [161, 279, 420] and buffer.fields["img"].dtype == "uint8"
     for key in source.keys:
         np.testing.assert_array_equal(buffer.read(key), source.read(key, 0, 420))
+
+
+def test_a_lost_chunk_is_not_read_as_zeros(tmp_path):
+    path = make_store(tmp_path / "ours.zarr")
+    (path / "data/action/c/0/0").unlink()
+    with pytest.raises(
+        ValueError, match=r"action\[0:86\] cannot be read \(.*data/action/c/0/0 is missing\).*data validate"
+    ):
+        ReplayBuffer.open(path).read("action")
+
+
+def test_a_chunk_that_another_writer_left_out_is_said_aloud_once(tmp_path):
+    path = make_v2_store(tmp_path / "theirs.zarr")
+    (path / "data/state/1.0").unlink()
+    buffer = ReplayBuffer.open(path)
+    with pytest.warns(UserWarning, match=r"data/state/1.0 is missing and is read as 0") as said:
+        assert not buffer.read("state", 7, 14).any()
+        buffer.read("state")
+    assert len(said) == 1
