@@ -20,7 +20,7 @@ import numpy as np
 from diffpolicy.envs.base import RobotEnv
 from diffpolicy.envs.tabletop_expert import TabletopDemonstrator
 from diffpolicy.replay import ReplayBuffer
-from diffpolicy.spec import ACTION, IMAGES, FieldSpec, unknown_name
+from diffpolicy.spec import ACTION, FieldSpec, unknown_name
 
 SIM_STATE = "sim_state"
 """Key of env.get_state() before each action: env.reset(options={"state": episode["sim_state"][0]}) starts it again."""
@@ -143,8 +143,7 @@ def _fields(env: RobotEnv) -> dict[str, FieldSpec]:
     """What one row of `env` looks like."""
     fields = {}
     for key, space in env.observation_space.items():
-        units = "" if key.startswith(IMAGES) else getattr(env, "observation_units", "")
-        names = getattr(env, "observation_names", {}).get(key, ())
+        names, units = env.observation_names.get(key, ()), env.observation_units.get(key, "")
         fields[key] = FieldSpec(shape=space.shape, dtype=space.dtype.name, names=names, units=units)
     fields[ACTION] = FieldSpec(
         shape=env.action_space.shape, dtype="float32", names=env.action_names, units=env.action_units

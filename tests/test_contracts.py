@@ -244,6 +244,8 @@ def test_environment_says_what_it_is(name):
     assert len(env.action_names) == env.action_space.shape[0] and env.action_units
     assert len(env.state_names) == len(env.get_state())
     assert set(obs) == set(env.observation_space.spaces)
+    assert all(len(names) == obs[role].size for role, names in env.observation_names.items())
+    assert set(env.observation_units) <= set(obs)
     assert all(key.startswith("observation.") for key in obs)
 
 

@@ -105,7 +105,7 @@ def test_store_says_what_its_numbers_are(tmp_path):
     assert buffer.fields[ACTION].names == ("target_x", "target_y") and buffer.fields[ACTION].units == "px"
     assert buffer.fields[SIM_STATE].names == env.state_names
     for key, names in env.observation_names.items():
-        assert buffer.fields[key].names == names
+        assert buffer.fields[key].names == names and buffer.fields[key].units == "px"
         assert buffer.roles[key] == key
 
 

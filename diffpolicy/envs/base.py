@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import gymnasium as gym
 import numpy as np
@@ -25,6 +27,10 @@ class RobotEnv(gym.Env, abc.ABC):
     """The instruction in words; may change at reset."""
     action_names: tuple[str, ...] = ()
     action_units: str = ""
+    observation_names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    """role -> names of its numbers, in order; recorded with demonstrations. Images have none."""
+    observation_units: Mapping[str, str] = MappingProxyType({})
+    """role -> what its numbers are measured in."""
     state_names: tuple[str, ...] = ()
     """Names of the numbers in get_state(), in order."""
 

@@ -114,10 +114,12 @@ class PushtEnv(RobotEnv):
         self._sim = _load_simulator()
         self._canvas = None  # made when the first picture is drawn
         self._target = None  # (x, y) of the last action, for render()
-        block_names = ("block_x", "block_y", "block_angle")
+        block_names, block_units = ("block_x", "block_y", "block_angle"), "pixels, pixels, radians"
         if self.config.environment_state == "keypoints":
             block_names = tuple(f"keypoint{i}_{axis}" for i in range(len(KEYPOINTS)) for axis in "xy")
+            block_units = "pixels"
         self.observation_names = {STATE: ("agent_x", "agent_y"), ENVIRONMENT_STATE: block_names}
+        self.observation_units = {STATE: "pixels", ENVIRONMENT_STATE: block_units}
         spaces = {
             key: gym.spaces.Box(-np.inf, np.inf, (len(names),), np.float32)
             for key, names in self.observation_names.items()

@@ -121,7 +121,6 @@ class TabletopEnv(RobotEnv):
     fps = 10.0
     action_names = ("target_x", "target_y")
     action_units = "px"
-    observation_units = "px"
 
     def __init__(self, config: TabletopConfig | None = None):
         self.config = config = config or TabletopConfig()
@@ -144,6 +143,7 @@ class TabletopEnv(RobotEnv):
             ),
             GOAL: ("asked_block_x", "asked_block_y", "asked_zone_x", "asked_zone_y"),
         }  # fmt: skip
+        self.observation_units = dict.fromkeys(self.observation_names, "px")
 
         shapes = {key: (len(names),) for key, names in self.observation_names.items()}
         box = {key: gym.spaces.Box(-np.inf, np.inf, shape, np.float32) for key, shape in shapes.items()}

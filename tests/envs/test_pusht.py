@@ -235,6 +235,7 @@ def test_observations_and_actions_lie_in_their_spaces(config):
     assert env.observation_space.contains(env.step(env.action_space.sample())[0])
     for key, names in env.observation_names.items():
         assert obs[key].shape == (len(names),)
+        assert env.observation_units[key].split(", ")[0] == "pixels"
     if config.pixels:
         assert obs[TOP_CAMERA].shape == (48, 48, 3) and obs[TOP_CAMERA].dtype == np.uint8
 
