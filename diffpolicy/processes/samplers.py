@@ -43,7 +43,7 @@ class SamplerConfig:
             raise unknown_name("sampler.spacing", self.spacing, SPACINGS)
         if self.num_inference_steps < 1:
             raise ValueError(f"sampler.num_inference_steps must be at least 1, got {self.num_inference_steps}")
-        if self.clip_sample is not None and self.clip_sample <= 0:
+        if self.clip_sample is not None and not self.clip_sample > 0:
             raise ValueError(f"sampler.clip_sample must be positive or null, got {self.clip_sample}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"sampler.eta must be in [0, 1], got {self.eta}")
