@@ -346,6 +346,11 @@ def test_sampler_of_another_process_is_refused_with_those_that_fit(process, wron
         resolve_sampler(process, SamplerConfig(name=wrong))
 
 
+def test_clipping_to_no_number_is_refused():
+    with pytest.raises(ValueError, match="sampler.clip_sample must be positive or null, got nan"):
+        SamplerConfig(clip_sample=float("nan"))
+
+
 def test_every_sampler_solves_some_process():
     assert {sampler for _, sampler in SOLVERS} == set(SAMPLERS)
 
