@@ -83,7 +83,8 @@ def drop(
 
     Example: `diffpolicy data drop demos.zarr --episodes 3,7-9`
     """
-    from diffpolicy.replay import ReplayBuffer, drop_episodes
+    from diffpolicy.replay import ReplayBuffer
+    from diffpolicy.rewriting import drop_episodes
 
     chosen = parse_episodes(episodes)
     with _progress("rewriting") as progress:
@@ -107,7 +108,7 @@ def convert(
     img=observation.images.top --task "push the T onto the goal"`
     """
     from diffpolicy.replay import ReplayBuffer
-    from diffpolicy.replay import convert as rewrite
+    from diffpolicy.rewriting import convert as rewrite
 
     roles = {}
     for text in role or ():

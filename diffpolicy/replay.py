@@ -7,8 +7,9 @@
       attrs                           format, format_version, fps, tasks, and per key role, names, units (ours)
 
 `data/` and `meta/episode_ends` are the classic layout of Diffusion Policy (Chi et al. 2023, arXiv:2303.04137); its
-stores in zarr v2 are read as they come, new ones are zarr v3. store_layout.py says what a store may hold, store_folder.py
-guards the folder it lies in; only this file and the importers know zarr. Nothing here imports torch.
+stores in zarr v2 are read as they come, new ones are zarr v3. Only this file and the importers know zarr: store_layout.py
+says what a store may hold, store_folder.py guards the folder it lies in, rewriting.py drops episodes and converts. Nothing
+here imports torch.
 
 **Crash safety.** `append_episode` writes the arrays, then episode_task, then episode_ends; an episode exists once its
 end does. Every file is replaced by rename (zarr's LocalStore since 3.1.3), so that rewriting the shard in which an
@@ -17,7 +18,7 @@ the last end are its leftovers: readers ignore them, the next writer trims them,
 power cut may lose more than a killed process.
 
 This file is longer than most, because everything that touches zarr is meant to be found in it: opening, ReplayBuffer
-(what is in it, reading, writing), rewriting (drop, convert), and the parts they are made of.
+(what is in it, reading, writing), and the parts they are made of.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import itertools
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from zarr.core.sync import sync
 from zarr.storage import ZipStore
 
 from diffpolicy.spec import FieldSpec, unknown_name
-from diffpolicy.store_folder import WriterLock, appears_whole, interrupted_swap
+from diffpolicy.store_folder import WriterLock, interrupted_swap
 from diffpolicy.store_layout import (
     FORMAT,
     FORMAT_VERSION,
@@ -358,10 +359,14 @@ class ReplayBuffer:
             )
             return
 
+    def rows_per_file(self, key: str) -> int:
+        """Rows of a key in one of its files; what reads or writes that many together opens each file once."""
+        return file_shape(self._arrays[key])[0]
+
     def blocks(self, key: str) -> Iterator[tuple[int, int]]:
         """(start, stop) of runs of rows that cover a key, aligned with its files, about 64 MiB each."""
         array = self._array(key)
-        rows_per_file = file_shape(array)[0]
+        rows_per_file = self.rows_per_file(key)
         row_bytes = max(1, int(np.prod(array.shape[1:])) * array.dtype.itemsize)
         step = max(1, BLOCK_BYTES // (rows_per_file * row_bytes)) * rows_per_file
         for start in range(0, self.num_steps, step):
@@ -408,8 +413,7 @@ class ReplayBuffer:
             ValueError: keys, shapes, types or lengths that differ from the store's, or numbers that are not finite.
             OSError: the disk is full or may not be written; earlier episodes are intact and the buffer can be used on.
         """
-        if self._lock is None or self._lock.released:
-            raise ValueError(f"{self.path} is open to read only; to append: ReplayBuffer.open(path, mode='a')")
+        self._check_writable()
         data = {key: np.asarray(value) for key, value in data.items()}
         length = check_episode(self.path, self.fields, data)
         index, start, stop = self.num_episodes, self.num_steps, self.num_steps + length
@@ -433,6 +437,59 @@ class ReplayBuffer:
             ) from error
         self._ends = np.append(self._ends, stop)
         self._task_ids = np.append(self._task_ids, task_id)
+
+    def fill(self, lengths: Sequence[int], tasks: Sequence[str], rows: Callable[[str], Iterable[np.ndarray]]) -> None:
+        """Writes all episodes of a store that has none yet, key by key; much faster than one by one.
+
+        A killed process leaves a store that cannot be opened: build it aside (store_folder.appears_whole).
+
+        Args:
+            lengths: steps of each episode.
+            tasks: the instruction of each episode, "" for none.
+            rows: key -> its rows in order, as blocks (n, ...) that add up to sum(lengths). Blocks of rows_per_file(key)
+                write each file once; numbers are stored as they are, NaN included.
+        Raises:
+            ValueError: the store is open to read only or holds episodes, or rows that do not add up.
+        """
+        self._check_writable()
+        if self.num_episodes:
+            raise ValueError(f"{self.path} must be empty to be filled, got {self.num_episodes} episodes; append to it")
+        ends = np.cumsum(lengths)
+        for key, array in self._arrays.items():
+            array.resize((int(ends[-1]), *array.shape[1:]))
+            start = 0
+            for block in rows(key):
+                array[start : start + len(block)] = block
+                start += len(block)
+            if start != ends[-1]:
+                raise ValueError(f"{self.path}: the lengths add up to {ends[-1]} steps, got {start} rows of {key}")
+        task_ids = np.array([self._task_id(task) for task in tasks], np.int64)
+        for meta, values in ((self._task_array, task_ids), (self._ends_array, ends)):
+            meta.resize(values.shape)
+            meta[:] = values
+        self._ends, self._task_ids = ends, task_ids
+
+    def copy_extras(self, source: ReplayBuffer, episodes: Sequence[int]) -> None:
+        """Takes over what a store holds beside its episodes: attributes, and arrays of meta/ that are not ours.
+
+        Of arrays with one entry per episode those of `episodes` are taken.
+        """
+        self._root.update_attributes({k: v for k, v in source._attrs.items() if k not in OWN_ATTRS})
+        for key, array in self._arrays.items():
+            array.update_attributes(dict(source._arrays[key].attrs))
+        for key, array in source._root["meta"].arrays():
+            if key in ("episode_ends", "episode_task"):
+                continue
+            values = np.asarray(array[...])
+            if values.ndim and len(values) == source.num_episodes:
+                values = values[list(episodes)]
+            copy = self._root["meta"].create_array(key, shape=values.shape, dtype=values.dtype)
+            copy[...] = values
+            copy.update_attributes(dict(array.attrs))
+
+    def _check_writable(self) -> None:
+        if self._lock is None or self._lock.released:
+            raise ValueError(f"{self.path} is open to read only; to append: ReplayBuffer.open(path, mode='a')")
 
     def _task_id(self, task: str) -> int:
         if not task:
@@ -474,161 +531,6 @@ class ReplayBuffer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-# Rewriting -----------------------------------------------------------------------------------------------------------
-
-
-def drop_episodes(
-    path: str | os.PathLike,
-    episodes: Iterable[int],
-    out: str | os.PathLike | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Rewrites a store without some of its episodes, in place or to `out`; the result appears whole or not at all.
-
-    Raises:
-        ValueError: an episode that is not there, none left over, or a store that cannot be written in place.
-        FileExistsError: something lies at `out`.
-    """
-    path = Path(path).resolve()
-    if out is None and open_root(path).metadata.zarr_format != 3:
-        raise ValueError(f"{path} is zarr v2 and can only be read; write the rest elsewhere with --out")
-    with ReplayBuffer.open(path, "r" if out is not None else "a") as source:
-        dropped = set(episodes)
-        if wrong := sorted(e for e in dropped if not 0 <= e < source.num_episodes):
-            raise ValueError(f"{path} has episodes 0..{source.num_episodes - 1}, so {wrong} cannot be dropped")
-        kept = [i for i in range(source.num_episodes) if i not in dropped]
-        if not kept:
-            raise ValueError(f"dropping all {source.num_episodes} episodes would leave none; delete {path} instead")
-        target = path if out is None else Path(out)
-        with appears_whole(target, replace=out is None) as fresh:
-            _rewrite(source, fresh, kept, dtypes={}, fps=source.fps, roles=source.roles, task="", progress=progress)
-
-
-def convert(
-    src: str | os.PathLike,
-    dst: str | os.PathLike,
-    *,
-    fps: float | None = None,
-    roles: Mapping[str, str] | None = None,
-    task: str = "",
-    progress: Progress | None = None,
-) -> None:
-    """Writes a store of the field (zarr v2 or v3, folder or zip) anew as ours; `dst` appears whole or not at all.
-
-    Pictures stored as floats become uint8 where they hold nothing but whole numbers in 0..255; all else stays equal
-    bit by bit, NaN included (see validation.py). Attributes and other arrays of meta/ come along.
-
-    Args:
-        fps: steps per second, where the source does not say.
-        roles: key -> role, in addition to what the source says.
-        task: the instruction of all episodes that have none.
-    Raises:
-        FileExistsError: something lies at `dst`.
-        ValueError: the source cannot be read, or a role names no key of it.
-    """
-    source = ReplayBuffer.open(src)
-    if not source.num_episodes:
-        raise ValueError(f"{src} holds no finished episodes, so there is nothing to convert")
-    dtypes = {
-        key: "uint8"
-        for key, spec in source.fields.items()
-        if is_image(spec) and np.dtype(spec.dtype).kind == "f" and _holds_uint8(source, key, progress)
-    }
-    roles = {**source.roles, **(roles or {})}
-    fps = source.fps if fps is None else fps
-    with appears_whole(Path(dst)) as fresh:
-        everything = range(source.num_episodes)
-        _rewrite(source, fresh, everything, dtypes=dtypes, fps=fps, roles=roles, task=task, progress=progress)
-
-
-def _holds_uint8(source: ReplayBuffer, key: str, progress: Progress | None) -> bool:
-    """Whether a float camera can become uint8 without loss; one that cannot usually shows it in its first block."""
-    for start, stop in source.blocks(key):
-        block = source.read(key, start, stop)
-        try:
-            to_uint8(block, key, start)
-        except ValueError:
-            return False
-        if progress:
-            progress(f"{key} (check)", stop, source.num_steps)
-    return True
-
-
-def _rewrite(
-    source: ReplayBuffer,
-    path: Path,
-    episodes: Sequence[int],
-    *,
-    dtypes: Mapping[str, str],
-    fps: float | None,
-    roles: Mapping[str, str],
-    task: str,
-    progress: Progress | None,
-) -> None:
-    """Some episodes of a store as a new store, streamed key by key in blocks that fill whole files."""
-    fields = {
-        key: FieldSpec(shape=spec.shape, dtype=dtypes.get(key, spec.dtype), names=spec.names, units=spec.units)
-        for key, spec in source.fields.items()
-    }
-    spans = [source.episode_slice(i) for i in episodes]
-    ends = np.cumsum([span.stop - span.start for span in spans])
-    try:
-        with ReplayBuffer.create(path, fields=fields, fps=fps, roles=roles) as target:
-            target._root.update_attributes({k: v for k, v in source._attrs.items() if k not in OWN_ATTRS})
-            for key, array in target._arrays.items():
-                array.update_attributes(dict(source._arrays[key].attrs))
-                array.resize((int(ends[-1]), *array.shape[1:]))
-                done = 0
-                for rows in _runs_of_rows(spans, file_shape(array)[0]):
-                    block = np.concatenate([source.read(key, run.start, run.stop) for run in rows])
-                    array[done : done + len(block)] = to_uint8(block, key, rows[0].start) if key in dtypes else block
-                    done += len(block)
-                    if progress:
-                        progress(key, done, int(ends[-1]))
-            _carry_meta(source, target, episodes)
-            task_ids = np.array([target._task_id(source.episode_task(i) or task) for i in episodes], np.int64)
-            for meta, values in ((target._task_array, task_ids), (target._ends_array, ends)):
-                meta.resize(values.shape)
-                meta[:] = values
-    except BaseException:
-        settle()  # nothing may be written any more where the folder is about to be deleted
-        raise
-
-
-def _runs_of_rows(spans: Sequence[slice], size: int) -> Iterator[list[slice]]:
-    """Cuts spans of rows into groups of `size` rows in all (the last may be shorter), joining spans that touch."""
-    group: list[slice] = []
-    room = size
-    for span in spans:
-        start = span.start
-        while start < span.stop:
-            stop = min(span.stop, start + room)
-            if group and group[-1].stop == start:
-                group[-1] = slice(group[-1].start, stop)
-            else:
-                group.append(slice(start, stop))
-            room -= stop - start
-            start = stop
-            if not room:
-                yield group
-                group, room = [], size
-    if group:
-        yield group
-
-
-def _carry_meta(source: ReplayBuffer, target: ReplayBuffer, episodes: Sequence[int]) -> None:
-    """Copies the arrays of meta/ that are not ours; those with one entry per episode lose the dropped ones."""
-    for key, array in source._root["meta"].arrays():
-        if key in ("episode_ends", "episode_task"):
-            continue
-        values = np.asarray(array[...])
-        if values.ndim and len(values) == source.num_episodes:
-            values = values[list(episodes)]
-        copy = target._root["meta"].create_array(key, shape=values.shape, dtype=values.dtype)
-        copy[...] = values
-        copy.update_attributes(dict(array.attrs))
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

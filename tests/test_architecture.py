@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"spec"},
     {"store_folder", "store_layout", "normalizer", "safety", "metrics", "plots", "envs"},
     {"replay"},
-    {"importers", "windows", "validation", "open_loop"},
+    {"importers", "rewriting", "windows", "validation", "open_loop"},
     {"encoders", "denoisers", "processes", "guidance"},
     {"policies", "foreign"},
     {"executors"},
@@ -127,7 +127,9 @@ except SystemExit as end:
     assert loaded_by(code) == set()
 
 
-@pytest.mark.parametrize("module", ["envs", "envs.players", "replay", "metrics", "plots", "validation", "demos"])
+@pytest.mark.parametrize(
+    "module", ["envs", "envs.players", "replay", "rewriting", "metrics", "plots", "validation", "demos"]
+)
 def test_rooms_that_worker_processes_enter_do_not_load_torch(module):
     assert "torch" not in loaded_by(f"import diffpolicy.{module}")
 

@@ -16,9 +16,9 @@ import pytest
 import zarr
 from zarr.storage import ZipStore, _local
 
-from diffpolicy.replay import ReplayBuffer, convert, drop_episodes, file_shape
+from diffpolicy.replay import ReplayBuffer
 from diffpolicy.spec import FieldSpec
-from diffpolicy.store_folder import LOCK_FILE
+from diffpolicy.store_folder import LOCK_FILE, list_files
 
 DATA = Path(os.environ.get("DIFFPOLICY_DATA", Path(__file__).parents[1] / "../shared/data"))
 FIELDS = {
@@ -110,7 +110,7 @@ def test_episodes_larger_than_a_shard_read_back_equal(tmp_path):
     with ReplayBuffer.create(tmp_path / "a.zarr", fields=fields, fps=None) as buffer:
         buffer.append_episode({"img": img[:23], "action": action[:23]})
         buffer.append_episode({"img": img[23:], "action": action[23:]})
-        assert file_shape(buffer._arrays["img"])[0] < 23
+        assert buffer.rows_per_file("img") < 23
         np.testing.assert_array_equal(buffer.read("img"), img)
         np.testing.assert_array_equal(buffer.read("action", 20, 30), action[20:30])
 
@@ -177,6 +177,28 @@ def test_a_store_that_makes_no_sense_is_not_created(tmp_path, fields, options, m
     with pytest.raises(ValueError, match=message):
         ReplayBuffer.create(tmp_path / "a.zarr", fields=fields, **({"fps": 10} | options))
     assert not (tmp_path / "a.zarr").exists()
+
+
+def test_a_store_filled_at_once_holds_what_one_grown_by_episodes_holds(tmp_path):
+    episodes = [demonstration(i) for i in range(4)]
+    with ReplayBuffer.create(tmp_path / "b.zarr", fields=FIELDS, fps=10, roles=ROLES) as buffer:
+        buffer.fill([20, 21, 22, 23], [task_of(i) for i in range(4)], lambda key: (data[key] for data in episodes))
+        assert_holds(buffer, [0, 1, 2, 3])
+        buffer.append_episode(demonstration(4), task_of(4))
+    assert_holds(ReplayBuffer.open(tmp_path / "b.zarr"), [0, 1, 2, 3, 4])
+    assert list_files(tmp_path / "b.zarr") == list_files(make_store(tmp_path / "a.zarr", 5))
+
+
+def test_only_an_empty_store_is_filled_and_only_with_rows_that_add_up(tmp_path):
+    path = make_store(tmp_path / "a.zarr")
+    with pytest.raises(ValueError, match="open to read only"):
+        ReplayBuffer.open(path).fill([20], [""], lambda key: [demonstration(0)[key]])
+    with ReplayBuffer.open(path, mode="a") as buffer:
+        with pytest.raises(ValueError, match="must be empty to be filled, got 4 episodes"):
+            buffer.fill([20], [""], lambda key: [demonstration(0)[key]])
+    with ReplayBuffer.create(tmp_path / "b.zarr", fields=FIELDS, fps=10) as buffer:
+        with pytest.raises(ValueError, match="add up to 21 steps, got 20 rows of action"):
+            buffer.fill([21], [""], lambda key: [demonstration(0)[key]])
 
 
 def test_create_refuses_to_overwrite(tmp_path):
@@ -306,6 +328,25 @@ def test_float_pictures_read_as_uint8_without_loss(tmp_path):
     np.testing.assert_array_equal(frames, np.concatenate([demonstration(i)["img"] for i in range(4)]))
     with pytest.raises(ValueError, match="state must hold pictures"):
         buffer.read_images_uint8("state")
+
+
+def test_a_lost_chunk_is_not_read_as_zeros(tmp_path):
+    path = make_store(tmp_path / "ours.zarr")
+    (path / "data/action/c/0/0").unlink()
+    with pytest.raises(
+        ValueError, match=r"action\[0:86\] cannot be read \(.*data/action/c/0/0 is missing\).*data validate"
+    ):
+        ReplayBuffer.open(path).read("action")
+
+
+def test_a_chunk_that_another_writer_left_out_is_said_aloud_once(tmp_path):
+    path = make_v2_store(tmp_path / "theirs.zarr")
+    (path / "data/state/1.0").unlink()
+    buffer = ReplayBuffer.open(path)
+    with pytest.warns(UserWarning, match=r"data/state/1.0 is missing and is read as 0") as said:
+        assert not buffer.read("state", 7, 14).any()
+        buffer.read("state")
+    assert len(said) == 1
 
 
 # Writers that die
@@ -469,106 +510,6 @@ def test_lost_episode_ends_do_not_make_the_next_writer_trim_everything(tmp_path)
     assert zarr.open_group(path)["data/action"].shape == (86, 2)
 
 
-# Rewriting
-
-
-def test_drop_in_place_keeps_the_other_episodes_bit_equal(tmp_path):
-    path = make_store(tmp_path / "a.zarr", 6)
-    drop_episodes(path, [1, 4])
-    assert_holds(ReplayBuffer.open(path), [0, 2, 3, 5])
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
-    with ReplayBuffer.open(path, mode="a") as buffer:
-        buffer.append_episode(demonstration(7), task_of(7))
-    assert_holds(ReplayBuffer.open(path), [0, 2, 3, 5, 7])
-    assert ReplayBuffer.open(path).fields == FIELDS
-
-
-def test_drop_in_place_is_refused_while_another_writes(tmp_path):
-    path = make_store(tmp_path / "a.zarr")
-    with ReplayBuffer.open(path, mode="a"):
-        with pytest.raises(BlockingIOError, match="one writer at a time"):
-            drop_episodes(path, [0])
-    assert_holds(ReplayBuffer.open(path), [0, 1, 2, 3])
-
-
-def test_drop_with_out_leaves_the_source_alone(tmp_path):
-    path = make_store(tmp_path / "a.zarr")
-    drop_episodes(path, [0], out=tmp_path / "b.zarr")
-    assert_holds(ReplayBuffer.open(path), [0, 1, 2, 3])
-    assert_holds(ReplayBuffer.open(tmp_path / "b.zarr"), [1, 2, 3])
-
-
-@pytest.mark.parametrize(
-    ("episodes", "message"),
-    [([4], r"episodes 0\.\.3, so \[4\] cannot"), ([-1], r"\[-1\] cannot"), (range(4), "would leave none")],
-)
-def test_drop_refuses_what_is_not_there_and_everything(tmp_path, episodes, message):
-    path = make_store(tmp_path / "a.zarr")
-    with pytest.raises(ValueError, match=message):
-        drop_episodes(path, episodes)
-    assert_holds(ReplayBuffer.open(path), [0, 1, 2, 3])
-
-
-def test_drop_from_zarr_v2_needs_out_and_keeps_types(tmp_path):
-    path = make_v2_store(tmp_path / "a.zarr")
-    with pytest.raises(ValueError, match="--out"):
-        drop_episodes(path, [0])
-    drop_episodes(path, [0], out=tmp_path / "b.zarr")
-    buffer = ReplayBuffer.open(tmp_path / "b.zarr")
-    assert buffer.fields["img"].dtype == "float32"
-    np.testing.assert_array_equal(buffer.episode(0)["img"], demonstration(1)["img"])
-
-
-def test_a_rewrite_that_fails_leaves_the_source_and_nothing_else(tmp_path, monkeypatch):
-    path = make_store(tmp_path / "a.zarr")
-    for number in (0, 8, 20):
-        with monkeypatch.context() as patch:
-            fail_at_write(patch, number, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-            with pytest.raises(OSError, match=r"a\.zarr could not be written .No space left"):
-                drop_episodes(path, [1])
-    assert_holds(ReplayBuffer.open(path), [0, 1, 2, 3])
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
-
-
-def test_convert_makes_float_pictures_uint8_and_keeps_the_rest(tmp_path):
-    src = make_v2_store(tmp_path / "a.zarr")
-    root = zarr.open_group(src, mode="r+")
-    root.update_attributes({"license": "MIT"})
-    root["data/action"].update_attributes({"frame": "world"})
-    root.create_array("meta/operator", data=np.array([3, 1, 4, 1]))
-    roles = {"img": "observation.images.top"}
-    convert(src, tmp_path / "b.zarr", fps=10, roles=roles, task="push the T")
-    buffer = ReplayBuffer.open(tmp_path / "b.zarr")
-    assert (buffer.zarr_format, buffer.fps, buffer.tasks) == (3, 10, ("push the T",))
-    assert buffer.roles == {**roles, "action": "action"}
-    assert buffer.fields["img"].dtype == "uint8"
-    for i in range(4):
-        assert buffer.episode_task(i) == "push the T"
-        for key, expected in demonstration(i).items():
-            np.testing.assert_array_equal(buffer.episode(i)[key], expected)
-    copy = zarr.open_group(tmp_path / "b.zarr", mode="r")
-    assert copy.attrs["license"] == "MIT" and copy["data/action"].attrs["frame"] == "world"
-    assert copy["meta/operator"][:].tolist() == [3, 1, 4, 1]
-
-
-def test_convert_keeps_pictures_between_0_and_1_and_nan_as_they_are(tmp_path):
-    img = (np.concatenate([demonstration(i)["img"] for i in range(4)]) / 255).astype(np.float32)
-    action = np.full((86, 2), np.nan, np.float32)
-    convert(make_v2_store(tmp_path / "a.zarr", img=img, action=action), tmp_path / "b.zarr")
-    buffer = ReplayBuffer.open(tmp_path / "b.zarr")
-    assert buffer.read("img").tobytes() == img.tobytes()
-    assert buffer.read("action").tobytes() == action.tobytes()
-
-
-def test_convert_refuses_to_overwrite_and_unknown_roles(tmp_path):
-    src = make_v2_store(tmp_path / "a.zarr")
-    with pytest.raises(FileExistsError, match="exists already"):
-        convert(src, src)
-    with pytest.raises(ValueError, match="Did you mean 'img'"):
-        convert(src, tmp_path / "b.zarr", roles={"imgs": "observation.images.top"})
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
-
-
 # Real demonstrations
 
 
@@ -589,32 +530,3 @@ def test_pusht_with_the_other_goal_reads_across_its_differing_chunks():
     episode = buffer.episode(7)
     assert {len(values) for values in episode.values()} == {buffer.episode_lengths[7]}
     assert episode["img"].dtype == np.uint8 and episode["img"].shape[1:] == (96, 96, 3)
-
-
-def test_a_few_pusht_episodes_convert_to_the_same_numbers(tmp_path):
-    source = ReplayBuffer.open(real("pusht_cchi_v7_replay.zarr"))
-    drop_episodes(source.path, range(3, 206), out=tmp_path / "three.zarr")
-    convert(tmp_path / "three.zarr", tmp_path / "b.zarr", fps=10)
-    buffer = ReplayBuffer.open(tmp_path / "b.zarr")
-    assert buffer.episode_ends.tolist() == [161, 279, 420] and buffer.fields["img"].dtype == "uint8"
-    for key in source.keys:
-        np.testing.assert_array_equal(buffer.read(key), source.read(key, 0, 420))
-
-
-def test_a_lost_chunk_is_not_read_as_zeros(tmp_path):
-    path = make_store(tmp_path / "ours.zarr")
-    (path / "data/action/c/0/0").unlink()
-    with pytest.raises(
-        ValueError, match=r"action\[0:86\] cannot be read \(.*data/action/c/0/0 is missing\).*data validate"
-    ):
-        ReplayBuffer.open(path).read("action")
-
-
-def test_a_chunk_that_another_writer_left_out_is_said_aloud_once(tmp_path):
-    path = make_v2_store(tmp_path / "theirs.zarr")
-    (path / "data/state/1.0").unlink()
-    buffer = ReplayBuffer.open(path)
-    with pytest.warns(UserWarning, match=r"data/state/1.0 is missing and is read as 0") as said:
-        assert not buffer.read("state", 7, 14).any()
-        buffer.read("state")
-    assert len(said) == 1

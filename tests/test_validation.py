@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import zarr
 
-from diffpolicy.replay import ReplayBuffer, convert
+from diffpolicy.replay import ReplayBuffer
+from diffpolicy.rewriting import convert
 from diffpolicy.spec import FieldSpec
 from diffpolicy.validation import Finding, validate
 from tests.test_replay import real
