@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import lightning as L
@@ -168,11 +170,27 @@ def train(
         use_distributed_sampler=False,  # BatchStream deals the windows out to the ranks
         default_root_dir=run,
     )
-    with warnings.catch_warnings():
+    with _sole_trainer_of(run) if rank == 0 else nullcontext(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*(treespec|in eval mode at the start).*")
         trainer.fit(module, data, ckpt_path=str(state) if state else None, weights_only=True)
     return run
+
+
+@contextmanager
+def _sole_trainer_of(run: Path) -> Iterator[None]:
+    """Two processes in one run folder would mix their checkpoints and metrics; the lock ends with its process."""
+    import fcntl  # POSIX only
+
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{run} is being trained by another process; stop it, or choose another run") from None
+        yield
+    finally:
+        os.close(folder)
 
 
 def launched_rank() -> int:

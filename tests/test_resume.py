@@ -1,6 +1,8 @@
 """2N steps equal N steps, a stop, and N steps more: bit for bit on a CPU, in this process and in others."""
 
 import dataclasses
+import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -168,6 +170,18 @@ def test_data_with_other_episodes_than_the_run_was_trained_on_are_refused(tiny_s
         buffer.append_episode(buffer.episode(0))
     with pytest.raises(ValueError, match=r"the data give \d+ training windows, the run began with \d+"):
         resume(run)
+
+
+def test_a_run_that_another_process_trains_is_refused_and_left_alone(tiny_store, tmp_path):
+    run = run_tiny(tiny_store, tmp_path, train=STEPS, stop_at=5)
+    folder = os.open(run, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    rows = rows_of(run)
+    with pytest.raises(ValueError, match=r"run is being trained by another process"):
+        resume(run)
+    assert rows_of(run) == rows
+    os.close(folder)
+    assert list_checkpoints(resume(run))[-1].name == "step_000012"
 
 
 def test_a_folder_that_cannot_be_resumed_is_named(tmp_path, tiny_store):
