@@ -27,10 +27,8 @@ import asyncio
 import itertools
 import os
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
@@ -39,7 +37,7 @@ from zarr.core.sync import sync
 from zarr.storage import ZipStore
 
 from diffpolicy.spec import FieldSpec, unknown_name
-from diffpolicy.store_folder import WriterLock, interrupted_swap
+from diffpolicy.store_folder import WriterLock, check_is_store
 from diffpolicy.store_layout import (
     FORMAT,
     FORMAT_VERSION,
@@ -89,22 +87,8 @@ def open_root(path: str | os.PathLike, *, writable: bool = False) -> zarr.Group:
         ValueError: something else lies there; says what.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist{interrupted_swap(path)}")
-    if path.is_dir():
-        if not any(path.iterdir()):
-            raise ValueError(f"{path} is an empty folder, not a zarr store")
-        if not any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
-            inside = sorted(p.name for p in path.glob("*.zarr"))
-            hint = f"; it holds {path / inside[0]}: open that" if inside else ""
-            raise ValueError(f"{path} is not a zarr store: it has neither zarr.json (v3) nor .zgroup (v2){hint}")
-        store: Any = str(path)
-    else:
-        if writable:
-            raise ValueError(f"{path} is a file and can only be read; to append: diffpolicy data convert {path} DST")
-        if not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} is a file but not a zip file; a zarr store is a folder or a zip of one")
-        store = ZipStore(path, mode="r")
+    check_is_store(path, writable)
+    store = str(path) if path.is_dir() else ZipStore(path, mode="r")
     try:
         # Consolidated metadata is a copy that goes stale; the truth lies beside each array.
         return zarr.open_group(store, mode="r+" if writable else "r", use_consolidated=False)

@@ -1,4 +1,4 @@
-"""The folder that a store lies in: which files there are, one writer at a time, a rewrite whole or not at all.
+"""The folder that a store lies in: whether it is one, one writer at a time, a rewrite whole or not at all.
 
     demos.zarr/.writer.lock       held by the process that appends; ends with it, however it ends
     .demos.zarr.new-1a2b3c4d      a rewrite being built beside the store; renamed to demos.zarr when done
@@ -19,6 +19,28 @@ from pathlib import Path
 from typing import BinaryIO
 
 LOCK_FILE = ".writer.lock"
+
+
+def check_is_store(path: Path, writable: bool) -> None:
+    """Whether a zarr store lies at `path`, as far as its files tell: a folder, or a zip file to read.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: something else; says what.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist{_interrupted_swap(path)}")
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise ValueError(f"{path} is an empty folder, not a zarr store")
+        if not any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
+            inside = sorted(p.name for p in path.glob("*.zarr"))
+            hint = f"; it holds {path / inside[0]}: open that" if inside else ""
+            raise ValueError(f"{path} is not a zarr store: it has neither zarr.json (v3) nor .zgroup (v2){hint}")
+    elif writable:
+        raise ValueError(f"{path} is a file and can only be read; to append: diffpolicy data convert {path} DST")
+    elif not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is a file but not a zip file; a zarr store is a folder or a zip of one")
 
 
 def list_files(path: str | os.PathLike) -> dict[str, int]:
@@ -96,7 +118,7 @@ def appears_whole(target: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(old)
 
 
-def interrupted_swap(path: Path) -> str:
+def _interrupted_swap(path: Path) -> str:
     """For the error about a missing store: where its content is if a rewrite was killed between its two renames."""
     if not path.parent.is_dir():
         return ""
