@@ -347,7 +347,7 @@ def test_sampler_of_another_process_is_refused_with_those_that_fit(process, wron
 
 
 def test_clipping_to_no_number_is_refused():
-    with pytest.raises(ValueError, match="sampler.clip_sample must be positive or null, got nan"):
+    with pytest.raises(ValueError, match=r"sampler.clip_sample must be positive or null, got nan"):
         SamplerConfig(clip_sample=float("nan"))
 
 
