@@ -23,7 +23,8 @@ app = typer.Typer(
 
     [bold]First steps[/bold]   diffpolicy quickstart
 
-    [bold]Your data[/bold]     diffpolicy data info X.zarr · diffpolicy train conf/task/TASK.yaml --data X.zarr · diffpolicy rollout runs/TASK/NAME
+    [bold]Your data[/bold]     diffpolicy data info X.zarr · diffpolicy train conf/task/TASK.yaml --data X.zarr
+    · diffpolicy rollout runs/TASK/NAME
 
     Add --debug to any command for a full traceback.""",
 )

@@ -144,7 +144,9 @@ def config_from_dict(plain: dict, origin: dict[str, str] | None = None) -> Confi
             if not isinstance(value, dict):
                 raise ValueError(f"{key} must be a section, got {value!r}{_where(key, origin)}")
             if key == "data" and isinstance(value.get("keys"), dict):
-                value = {**value, "keys": _flat(value["keys"])}  # roles hold dots; nested sections mean the same
+                # roles hold dots, nested sections mean the same; null takes back what an earlier file named
+                keys = {role: selection for role, selection in _flat(value["keys"]).items() if selection is not None}
+                value = {**value, "keys": keys}
             values[key] = _build(section_class, value, key, origin)
         else:
             kind = {"seed": int}.get(key, str)

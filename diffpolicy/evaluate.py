@@ -7,6 +7,7 @@ import datetime
 import json
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from diffpolicy.executors import EXECUTORS
 from diffpolicy.open_loop import OpenLoopResult, replay_open_loop
 from diffpolicy.policies import DiffusionPolicy
 from diffpolicy.replay import ReplayBuffer
-from diffpolicy.rollout import Episode, RolloutResult, measure_latency, rollout, write_rollout
+from diffpolicy.rollout import Episode, RolloutResult, check_fit, measure_latency, rollout, write_rollout
 
 
 def evaluate(
@@ -73,6 +74,11 @@ def evaluate(
         policy.horizons = dataclasses.replace(policy.horizons, act=act)
     batch_size = batch_size or (64 if device.startswith("cuda") else 16)
     executor = EXECUTORS["receding_horizon"](policy, batch_size=batch_size)
+    if spacing is not None and policy.sampler.name == "euler":
+        warnings.warn("--spacing is ignored: euler steps along a flow on a uniform grid", stacklevel=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rollout() says them
+        check_fit(policy.spec, choice.name, dataclasses.asdict(choice.options))  # before a folder or a bar is made
     out = _new_folder(Path(out) if out is not None else _default_out(folder, policy, choice, seed, episodes))
 
     scores: list[Episode] = []

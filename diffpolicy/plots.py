@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def chunk_fan(picture: np.ndarray, chunks: np.ndarray, *, scale: int = 1) -> np.
     draw = ImageDraw.Draw(canvas)
     colours = (colormaps["viridis"](np.linspace(0, 0.95, chunks.shape[1] - 1))[:, :3] * 255).astype(int)
     for chunk in chunks * scale * fine:
-        for (a, b), colour in zip(zip(chunk[:-1], chunk[1:], strict=True), colours, strict=True):
+        for (a, b), colour in zip(itertools.pairwise(chunk), colours, strict=True):
             draw.line([*a, *b], fill=tuple(colour.tolist()), width=fine * 2)
         x, y = chunk[-1]
         draw.ellipse([x - 2 * fine, y - 2 * fine, x + 2 * fine, y + 2 * fine], fill=tuple(colours[-1].tolist()))

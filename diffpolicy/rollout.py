@@ -171,6 +171,7 @@ def rollout(
 
     try:
         fill(list(range(num_envs)))
+        began = time.perf_counter()  # the start of worker processes is not counted
         first_call = True
         while current:
             slots = sorted(current)

@@ -348,7 +348,8 @@ def load_resume_config(run: str | Path, *, data_path: str | None = None) -> Conf
 def _resumable_state(run: Path) -> Path:
     checkpoints = list_checkpoints(run)
     if not checkpoints:
-        raise FileNotFoundError(f"{run} is not a run folder that can be resumed: it has no checkpoints/step_*")
+        hint = f"; give the run folder, {run.parent.parent}" if run.parent.name == "checkpoints" else ""
+        raise FileNotFoundError(f"{run} is not a run folder that can be resumed: it has no checkpoints/step_*{hint}")
     state = checkpoints[-1] / TRAINING_STATE
     if not state.exists():
         raise FileNotFoundError(f"{state} is missing; a run can only be resumed from it")
@@ -406,6 +407,9 @@ def _warn_of_clipped_actions(policy: DiffusionPolicy, actions: torch.Tensor, con
 
 
 def _new_run(runs: Path, config: Config, name: str | None) -> Path:
+    for what, part in (("task", config.task), ("--name", name)):
+        if part is not None and (part in ("", ".", "..") or Path(part).name != part):
+            raise ValueError(f"{what} names one folder below {runs}; it must hold no path separators, got {part!r}")
     run = runs / config.task / (name or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     if run.exists() and any(run.iterdir()):
         if not list_checkpoints(run):

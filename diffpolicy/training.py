@@ -140,7 +140,11 @@ class ReplayDataModule(L.LightningDataModule):
         self.train, self.val, self.config, self.seed = train, val, config, seed
 
     def state_dict(self) -> dict:
-        return {"num_windows": len(self.train)}
+        return {
+            "num_windows": len(self.train),
+            "precision": self.trainer.precision,
+            "world_size": self.trainer.world_size,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError where the data have changed since: every batch from here on would be another."""
@@ -149,6 +153,12 @@ class ReplayDataModule(L.LightningDataModule):
                 f"the data give {len(self.train)} training windows, the run began with {state['num_windows']}; "
                 "resume with the data it began with (--data, if they moved), or start a new run"
             )
+        for what, flag in (("precision", "--precision"), ("world_size", "--num-devices")):
+            if what in state and state[what] != getattr(self.trainer, what):
+                raise ValueError(
+                    f"the run began with {what} {state[what]}, this is {getattr(self.trainer, what)}: "
+                    f"it would not go on as it began; resume with the same {flag}"
+                )
 
     def stream(self, start_step: int = 0) -> BatchStream:
         trainer = self.trainer

@@ -283,3 +283,8 @@ def test_normaliser_modes_follow_the_config():
     normalizer = build_policy(config, DataSpec(fields=fields)).normalizer
     assert normalizer.modes == {"action": "quantile", "observation.state": "gaussian"}
     assert normalizer.range_floor == 0.5
+
+
+def test_null_takes_back_a_key_of_an_earlier_file():
+    config = load_config(["conf/task/tabletop.yaml"], ["data.keys.observation.goal=null"])
+    assert "observation.goal" not in config.data.keys and "observation.state" in config.data.keys

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from diffpolicy import train as trainer
 from diffpolicy.checkpoint import list_checkpoints, load_policy, read_description
-from diffpolicy.config import build_policy
+from diffpolicy.config import build_policy, load_config
 from diffpolicy.replay import ReplayBuffer
 from diffpolicy.training import PolicyModule, ReplayDataModule, ema_decay
 from diffpolicy.windows import load_windows, split_episodes
@@ -374,3 +374,13 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tiny_store, tmp_path, monkeypat
     run = tmp_path / "tiny" / "run"
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000004"]
     load_policy(run)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b", ".."])
+def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path, name):
+    from diffpolicy.train import _new_run
+
+    config = load_config(["conf/task/tabletop.yaml"])
+    with pytest.raises(ValueError, match="must hold no path separators"):
+        _new_run(tmp_path, config, name)
+    assert not list(tmp_path.iterdir())
