@@ -56,8 +56,10 @@ class TrainConfig:
             raise ValueError(f"train.grad_clip must be positive, or null for no clipping, got {self.grad_clip}")
         if self.weight_decay < 0:
             raise ValueError(f"train.weight_decay must not be negative, got {self.weight_decay}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"train.betas must be two numbers in [0, 1) (length 2), got {tuple(self.betas)}")
+        if len(self.betas) != 2:
+            raise ValueError(f"train.betas must have length 2, got {tuple(self.betas)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas must lie in [0, 1), got {tuple(self.betas)}")
         if self.ema_power <= 0:
             raise ValueError(f"train.ema_power must be positive, got {self.ema_power}")
         if not 0 <= self.ema_max < 1:
