@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from diffpolicy import __version__
@@ -23,6 +22,7 @@ from diffpolicy.envs import ENVIRONMENTS, make_env
 from diffpolicy.executors import EXECUTORS
 from diffpolicy.open_loop import OpenLoopResult, replay_open_loop
 from diffpolicy.policies import DiffusionPolicy
+from diffpolicy.progress import progress_bar
 from diffpolicy.replay import ReplayBuffer
 from diffpolicy.rollout import Episode, RolloutResult, check_fit, measure_latency, rollout, write_rollout
 
@@ -82,16 +82,7 @@ def evaluate(
     out = _new_folder(Path(out) if out is not None else _default_out(folder, policy, choice, seed, episodes))
 
     scores: list[Episode] = []
-    with Progress(
-        TextColumn("rollout"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    ) as bar:
+    with progress_bar("rollout", console) as bar:
         task = bar.add_task("rollout", total=episodes, shown="")
 
         def on_episode(episode: Episode) -> None:
@@ -169,16 +160,8 @@ def replay_recording(
             )
     choice = choose("env", env, env_options)
     simulator = make_env(choice.name, **dataclasses.asdict(choice.options))
-    with Progress(
-        TextColumn("replay"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    ) as bar:
-        task = bar.add_task("replay", total=buffer.num_episodes if episodes is None else len(episodes))
+    with progress_bar("replay", console) as bar:
+        task = bar.add_task("replay", total=buffer.num_episodes if episodes is None else len(episodes), shown="")
         result = replay_open_loop(
             buffer,
             simulator,

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffpolicy.config import choose, load_config
 from diffpolicy.demos import CollectResult, collect, make_demonstrator
 from diffpolicy.envs import make_env
+from diffpolicy.progress import progress_bar
 
 
 def parse_options(options: list[str]) -> dict:
@@ -36,16 +36,7 @@ def collect_demonstrations(
     """Scripted demonstrations of an environment into a store, with a progress bar."""
     choice = choose("env", env_name, options or {})
     env = make_env(env_name, **dataclasses.asdict(choice.options))
-    with Progress(
-        TextColumn("collect"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    ) as bar:
+    with progress_bar("collect", console) as bar:
         task = bar.add_task("collect", total=episodes, shown="")
 
         def progress(done: int, wanted: int, failed: int) -> None:
@@ -58,8 +49,7 @@ def collect_demonstrations(
 
 
 def quickstart(*, out: Path, demonstrations: int, episodes: int, train_steps: int | None = None) -> Path:
-    """Collects (or goes on with what is there), trains anew, rolls out; returns the run folder.
-    """
+    """Collects (or goes on with what is there), trains anew, rolls out; returns the run folder."""
     from diffpolicy import train as trainer
     from diffpolicy.evaluate import evaluate
 

@@ -28,7 +28,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffpolicy import __version__
 from diffpolicy.checkpoint import (
@@ -41,6 +40,7 @@ from diffpolicy.checkpoint import (
 )
 from diffpolicy.config import Config, build_policy
 from diffpolicy.policies import DiffusionPolicy
+from diffpolicy.progress import progress_bar
 from diffpolicy.replay import ReplayBuffer
 from diffpolicy.spec import ACTION, DataSpec, MissingExtraError
 from diffpolicy.training import PolicyModule, ReplayDataModule
@@ -209,20 +209,7 @@ class Keeper(L.Callback):
         self.metrics: dict[str, float] = {}
         self._losses: dict[int, torch.Tensor] = {}
         self._asked_to_stop = False
-        self._bar = (
-            Progress(
-                TextColumn("train"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[shown]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            if progress and console.is_terminal
-            else None
-        )
+        self._bar = progress_bar("train", console) if progress and console.is_terminal else None
         self._lines = progress and not console.is_terminal
         """Written to a file, progress is a line now and then."""
 
