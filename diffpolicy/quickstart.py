@@ -35,6 +35,7 @@ def collect_demonstrations(
 ) -> CollectResult:
     """Scripted demonstrations of an environment into a store, with a progress bar."""
     choice = choose("env", env_name, options or {})
+    demonstrator = make_demonstrator(env_name)
     env = make_env(env_name, **dataclasses.asdict(choice.options))
     with progress_bar("collect", console) as bar:
         task = bar.add_task("collect", total=episodes, shown="")
@@ -43,7 +44,7 @@ def collect_demonstrations(
             bar.update(task, completed=done, total=wanted, shown=f"{failed} attempts failed" if failed else "")
 
         try:
-            return collect(env, make_demonstrator(env_name), out=out, episodes=episodes, seed=seed, progress=progress)
+            return collect(env, demonstrator, out=out, episodes=episodes, seed=seed, progress=progress)
         finally:
             env.close()
 

@@ -93,6 +93,8 @@ def train(
         raise ValueError(f"--stop-at must be in [1, train.steps = {config.train.steps}], got {stop_at}")
     if not config.data.path:
         raise ValueError("no dataset: give --data PATH.zarr (or data.path in a YAML file)")
+    if not Path(config.data.path).exists():
+        raise FileNotFoundError(f"{config.data.path} does not exist; say where the zarr store is with --data PATH.zarr")
     buffer = ReplayBuffer.open(config.data.path)
     training, validation = split_episodes(
         buffer.num_episodes,

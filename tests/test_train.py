@@ -384,3 +384,10 @@ def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="must hold no path separators"):
         _new_run(tmp_path, config, name)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_is_not_there_is_answered_with_how_to_say_where_it_is(tmp_path):
+    config = load_config(["conf/task/tabletop.yaml"], [f"data.path={tmp_path / 'nowhere.zarr'}"])
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.zarr does not exist; .* --data PATH"):
+        trainer.train(config, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
