@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: list[set[str]] = [
     {"spec"},
-    {"store_folder", "store_layout", "normalizer", "safety", "metrics", "plots", "progress", "envs"},
+    {"store_folder", "store_layout", "normalizer", "safety", "metrics", "ablation_cells", "plots", "progress", "envs"},
     {"replay"},
     {"importers", "rewriting", "windows", "validation", "open_loop"},
     {"encoders", "denoisers", "processes", "guidance"},

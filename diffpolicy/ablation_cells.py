@@ -1,0 +1,101 @@
+"""What a finished ablation is made of: the contract between the engine that runs cells and the report that reads them.
+
+A cell is one setting, trained with S training seeds; each of its S networks plays the same E start states.
+
+    S        training seeds: networks of one cell
+    E        environment seeds: start states
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+AxisValue = str | float | int | bool | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CellResult:
+    """One setting of a sweep and how its networks did."""
+
+    label: str
+    """What a reader calls it: "cosine, 4 steps"; unique in a sweep."""
+    axes: dict[str, AxisValue]
+    """Axis -> value, as in the sweep, in the sweep's order."""
+    train_seeds: tuple[int, ...]
+    """(S,) training seeds that finished; fewer than asked for while a sweep is unfinished."""
+    env_seeds: tuple[int, ...]
+    """(E,) start states; cells that share them are compared in pairs."""
+    scores: np.ndarray
+    """(S, E) largest reward of each episode, in [0, 1]."""
+    successes: np.ndarray
+    """(S, E) bool."""
+    nfe: int
+    """Network calls per chunk, counted."""
+    call_ms: float
+    """Median wall time of one batched policy call, milliseconds."""
+    labels: tuple[str, ...] = ()
+    """Known problems of the setting ("terminal signal 60 %"), shown in every table and figure."""
+    oracle: dict[str, float] | None = None
+    """What the sampler alone costs, with the exact denoiser and no network: energy_distance, energy_floor,
+    mode_weight_error, dispersion_ratio."""
+    train: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Training seed -> minutes, steps, val_action_mse, run folder; whatever is known."""
+
+    def __post_init__(self):
+        for name in ("train_seeds", "env_seeds", "labels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "scores", np.asarray(self.scores, dtype=np.float64))
+        object.__setattr__(self, "successes", np.asarray(self.successes, dtype=bool))
+        expected = len(self.train_seeds), len(self.env_seeds)
+        if 0 in expected:
+            raise ValueError(f"cell {self.label!r} needs a training seed and an environment seed, got {expected}")
+        for name in ("train_seeds", "env_seeds"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"cell {self.label!r}: {name} must differ from each other, got {getattr(self, name)}")
+        for name in ("scores", "successes"):
+            if getattr(self, name).shape != expected:
+                raise ValueError(
+                    f"cell {self.label!r}: {name} must be (S={expected[0]}, E={expected[1]}), "
+                    f"got {getattr(self, name).shape}"
+                )
+        if not ((self.scores >= 0) & (self.scores <= 1)).all():  # NaN is neither
+            bad = np.argwhere(~((self.scores >= 0) & (self.scores <= 1)))[0]
+            raise ValueError(
+                f"cell {self.label!r}: scores must be in [0, 1], got {self.scores[tuple(bad)]} for training seed "
+                f"{self.train_seeds[bad[0]]} and environment seed {self.env_seeds[bad[1]]}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AblationResult:
+    """A sweep as far as it got."""
+
+    name: str
+    question: str
+    """What the sweep asks, in words; heads the report."""
+    baseline: int = 0
+    """Index in `cells` of the one that differences are taken to."""
+    cells: tuple[CellResult, ...]
+    """Finished cells, in the sweep's order; a cell counts as finished with one of its training seeds."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Label of a failed or missing cell (or of one of its training seeds) -> why, in one line."""
+    described: dict[str, Any] = field(default_factory=dict)
+    """How it was run, shown in the order given: command, commit, hardware, versions, data, date, minutes, env, ..."""
+    duplicates: dict[str, str] = field(default_factory=dict)
+    """Label of a cell that resolved to the same setting as an earlier one -> label of the one that was run."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "cells", tuple(self.cells))
+        if not self.cells:
+            raise ValueError(f"ablation {self.name!r} has no finished cell to report")
+        if not 0 <= self.baseline < len(self.cells):
+            raise ValueError(
+                f"ablation {self.name!r}: baseline must be in [0, {len(self.cells) - 1}], got {self.baseline}"
+            )
+        labels = [cell.label for cell in self.cells]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"ablation {self.name!r}: cells must have different labels, got {twice[0]!r} twice")
