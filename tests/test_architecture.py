@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
     {"rollout", "demos", "oracle"},
     {"training"},
     {"config"},
+    {"sweep"},
     {"checkpoint"},
     {"train", "ablate", "bench", "evaluate"},
     {"quickstart", "cli_data"},
