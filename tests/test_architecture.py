@@ -19,18 +19,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS: list[set[str]] = [
     {"spec"},
     {"store_folder", "store_layout", "normalizer", "safety", "metrics", "ablation_cells", "plots", "progress", "envs"},
-    {"replay"},
-    {"importers", "rewriting", "windows", "validation", "open_loop"},
+    {"replay", "ablation_table"},
+    {"importers", "rewriting", "windows", "validation", "open_loop", "ablation_plots"},
     {"encoders", "denoisers", "processes", "guidance"},
-    {"policies", "foreign"},
+    {"policies", "foreign", "mixture"},
     {"executors"},
-    {"rollout", "demos", "oracle"},
+    {"rollout", "demos", "oracle", "ablation_report"},
     {"training"},
     {"config"},
     {"sweep"},
     {"checkpoint"},
     {"train", "ablate", "bench", "evaluate"},
-    {"quickstart", "cli_data"},
+    {"quickstart", "cli_data", "cli_oracle"},
     {"cli"},
 ]
 """A module or folder may import from the layers above its own in this list, and from itself; nothing else."""
@@ -44,7 +44,7 @@ ROOMS = {
     "omegaconf": set().union(*LAYERS[HEIGHT["config"] :]),
     "safetensors": {"checkpoint"},
     "gymnasium": {"envs"},
-    "typer": {"cli", "cli_data"},
+    "typer": {"cli", "cli_data", "cli_oracle"},
 }
 """Third-party package -> the only modules or folders that may import it."""
 HEAVY = ("torch", "lightning", "zarr", "diffusers", "omegaconf", "open_clip", "numpy", "gymnasium", "matplotlib")
