@@ -81,6 +81,8 @@ class SweepConfig:
         for name in ("first_env_seed", "sampling_seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if "seed" in self.set or any("seed" in setting["set"] for axis in self.axes.values() for setting in axis.values()):
+            raise ValueError("training seeds are no axis: write seeds: [0, 1, 2], and every cell is trained with each")
         for key in self.set:
             if key in self.axes:
                 raise ValueError(f"{key} is set for every cell and is an axis too; take one of them away")
@@ -332,7 +334,7 @@ def _smoke(sweep: SweepConfig, short: dict) -> SweepConfig:
         else:
             axes[axis] = _settings(axis, wanted)
     rest = {key: value for key, value in short.items() if key not in ("axes", "set")}
-    loose = {"name": sweep.name, "base": list(sweep.base), "axes": {"seed": [0]}, **rest}
+    loose = {"name": sweep.name, "base": list(sweep.base), "axes": {"task": ["any"]}, **rest}
     for key in ("exclude", "baseline"):
         loose.pop(key, None)
     checked = sweep_from_dict(loose)  # types of what the section gives

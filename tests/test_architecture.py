@@ -29,8 +29,11 @@ LAYERS: list[set[str]] = [
     {"config"},
     {"sweep"},
     {"checkpoint"},
-    {"train", "ablate", "bench", "evaluate"},
-    {"quickstart", "cli_data", "cli_oracle"},
+    {"train", "bench", "evaluate"},
+    {"quickstart", "cli_data", "cli_oracle", "workers", "ablation_jobs"},
+    {"ablation_plan"},
+    {"ablate"},
+    {"cli_ablate"},
     {"cli"},
 ]
 """A module or folder may import from the layers above its own in this list, and from itself; nothing else."""
@@ -44,7 +47,7 @@ ROOMS = {
     "omegaconf": set().union(*LAYERS[HEIGHT["config"] :]),
     "safetensors": {"checkpoint"},
     "gymnasium": {"envs"},
-    "typer": {"cli", "cli_data", "cli_oracle"},
+    "typer": {"cli", "cli_data", "cli_ablate", "cli_oracle"},
 }
 """Third-party package -> the only modules or folders that may import it."""
 HEAVY = ("torch", "lightning", "zarr", "diffusers", "omegaconf", "open_clip", "numpy", "gymnasium", "matplotlib")
@@ -109,7 +112,9 @@ def test_third_party_package_is_known_only_in_its_room(package):
     assert known_in <= ROOMS[package]
 
 
-@pytest.mark.parametrize("module", ["diffpolicy", "diffpolicy.spec", "diffpolicy.cli", "diffpolicy.cli_data"])
+@pytest.mark.parametrize(
+    "module", ["diffpolicy", "diffpolicy.spec", "diffpolicy.cli", "diffpolicy.cli_data", "diffpolicy.cli_ablate"]
+)
 def test_importing_the_front_door_loads_nothing_heavy(module):
     assert loaded_by(f"import {module}") == set()
 
