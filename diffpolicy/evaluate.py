@@ -74,8 +74,6 @@ def evaluate(
         policy.horizons = dataclasses.replace(policy.horizons, act=act)
     batch_size = batch_size or (64 if device.startswith("cuda") else 16)
     executor = EXECUTORS["receding_horizon"](policy, batch_size=batch_size)
-    if spacing is not None and policy.sampler.name == "euler":
-        warnings.warn("--spacing is ignored: euler steps along a flow on a uniform grid", stacklevel=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # rollout() says them
         check_fit(policy.spec, choice.name, dataclasses.asdict(choice.options))  # before a folder or a bar is made

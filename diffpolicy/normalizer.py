@@ -47,7 +47,8 @@ class Normalizer(nn.Module):
     def _name(key: str, stat: str) -> str:
         return f"{key.replace('.', '/')}:{stat}"  # a buffer's name cannot hold a dot
 
-    def _stat(self, key: str, stat: str) -> Tensor:
+    def stat(self, key: str, stat: str) -> Tensor:
+        """scale, offset, min or max of a key, (*shape)."""
         if key not in self.shapes:
             raise ValueError(f"the normaliser has no statistics for {key!r}; it knows {sorted(self.shapes)}")
         return getattr(self, self._name(key, stat))
@@ -87,18 +88,18 @@ class Normalizer(nn.Module):
             scale = torch.where(constant, torch.ones_like(scale), scale)
             offset = -(low + high) / 2 * scale
         for stat, value in (("scale", scale), ("offset", offset), ("min", x.amin(dim=0)), ("max", x.amax(dim=0))):
-            self._stat(key, stat).copy_(value)
+            self.stat(key, stat).copy_(value)
 
     def set(self, key: str, scale: Tensor, offset: Tensor) -> None:
         """Statistics from elsewhere (an imported checkpoint); min and max become the values that map to -1 and 1."""
-        self._stat(key, "scale").copy_(scale)
-        self._stat(key, "offset").copy_(offset)
-        self._stat(key, "min").copy_((-1 - offset) / scale)
-        self._stat(key, "max").copy_((1 - offset) / scale)
+        self.stat(key, "scale").copy_(scale)
+        self.stat(key, "offset").copy_(offset)
+        self.stat(key, "min").copy_((-1 - offset) / scale)
+        self.stat(key, "max").copy_((1 - offset) / scale)
 
     def require_fitted(self) -> None:
         """Raises ValueError, naming the keys, where statistics are missing: data must never pass through unscaled."""
-        missing = [key for key in self.shapes if not torch.isfinite(self._stat(key, "scale")).all()]
+        missing = [key for key in self.shapes if not torch.isfinite(self.stat(key, "scale")).all()]
         if missing:
             raise ValueError(
                 f"normaliser statistics are missing for {missing}; fit them, or load a complete checkpoint"
@@ -106,11 +107,11 @@ class Normalizer(nn.Module):
 
     def normalize(self, key: str, x: Tensor) -> Tensor:
         """Physical units -> normalised; x is (..., *shape)."""
-        return x * self._stat(key, "scale") + self._stat(key, "offset")
+        return x * self.stat(key, "scale") + self.stat(key, "offset")
 
     def unnormalize(self, key: str, x: Tensor) -> Tensor:
         """Normalised -> physical units; x is (..., *shape)."""
-        return (x - self._stat(key, "offset")) / self._stat(key, "scale")
+        return (x - self.stat(key, "offset")) / self.stat(key, "scale")
 
 
 def _quantile(x: Tensor, q: float) -> Tensor:

@@ -111,6 +111,7 @@ def train(
     rows = torch.from_numpy(_rows_of(buffer, training))
     for key in (*spec.state_keys, ACTION):
         policy.normalizer.fit(key, train_windows.arrays[key][rows])
+    policy.process.fit(policy.normalizer.normalize(ACTION, train_windows.arrays[ACTION][rows]))
     _warn_of_clipped_actions(policy, train_windows.arrays[ACTION][rows], console)
     module = PolicyModule(policy, config=config.train, seed=config.seed)
     data = ReplayDataModule(train_windows, val_windows, config=config.train, seed=config.seed)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import warnings
 
 import torch
 from torch import Tensor, nn
 
 from diffpolicy.normalizer import Normalizer
-from diffpolicy.processes import Generators, Process, SamplerConfig, draw_noise, resolve_sampler, sample
+from diffpolicy.processes import (
+    Finding,
+    Generators,
+    Process,
+    SamplerConfig,
+    draw_noise,
+    ignored_choices,
+    make_plan,
+    resolve_sampler,
+    sample,
+    sampler_findings,
+)
 from diffpolicy.spec import ACTION, IMAGES, TASK, Batch, Condition, DataSpec, Horizons, Observation
 
 
@@ -43,12 +54,29 @@ class DiffusionPolicy(nn.Module):
         Raises:
             ValueError: the sampler cannot solve this policy's process, or not with so many steps.
         """
-        self.sampler = dataclasses.replace(config, name=resolve_sampler(self.process, config))
-        if config.eta and self.sampler.name != "ddim":
-            warnings.warn(
-                f"sampler.eta={config.eta} is ignored: only ddim adds noise so, this is {self.sampler.name}", stacklevel=2
-            )
+        self.sampler = resolve_sampler(self.process, config)
+        self.plan = make_plan(self.process, self.sampler)
+        ignored = ignored_choices(config, self.sampler.name)
+        if ignored:
+            warnings.warn(f"{', '.join(ignored)} is ignored: {self.sampler.name} does not use it", stacklevel=2)
+        for finding in sampler_findings(self.process, self.sampler, self.plan.times, action_limit=self.action_limit()):
+            warnings.warn(finding.text, stacklevel=2)
         return self
+
+    def findings(self) -> list[Finding]:
+        """What is wrong with the process and the sampler of this policy: label, reason and cure; empty where nothing is."""
+        return [
+            *self.process.findings(),
+            *sampler_findings(self.process, self.sampler, self.plan.times, action_limit=self.action_limit()),
+        ]
+
+    def action_limit(self) -> float | None:
+        """Largest normalised action of the training data; None before the normaliser knows."""
+        if self.normalizer.stat(ACTION, "min").is_meta:
+            return None
+        ends = [self.normalizer.normalize(ACTION, self.normalizer.stat(ACTION, end)) for end in ("min", "max")]
+        largest = torch.stack(ends).abs().max().item()
+        return largest if math.isfinite(largest) else None
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +105,7 @@ class DiffusionPolicy(nn.Module):
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The one sampling currency: x_0 (B, T_pred, D_act), normalised and unclipped, from x_t at t (B,)."""
-        prediction = self.denoiser(x_t, self.process.network_time(t), condition)
+        prediction = self.denoiser(self.process.network_input(x_t, t), self.process.network_time(t), condition)
         return self.process.to_x0(prediction.float(), x_t, t)
 
     def compute_loss(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
@@ -89,8 +117,12 @@ class DiffusionPolicy(nn.Module):
         noise = torch.randn(x_0.shape, device=x_0.device, generator=generator)
         t = self.process.sample_time(len(x_0), x_0.device, generator)
         x_t = self.process.add_noise(x_0, noise, t)
-        prediction = self.denoiser(x_t, self.process.network_time(t), self.encode(batch.obs))
+        x_in = self.process.network_input(x_t, t)
+        prediction = self.denoiser(x_in, self.process.network_time(t), self.encode(batch.obs))
         error = (prediction.float() - self.process.target(x_0, noise, t)).square().mean(dim=-1)  # (B, T_pred)
+        weight = self.process.loss_weight(t)  # (B,)
+        if weight is not None:
+            error = weight[:, None] * error
         return (error * batch.mask).sum() / batch.mask.sum()
 
     @torch.no_grad()
@@ -108,7 +140,7 @@ class DiffusionPolicy(nn.Module):
                 generators = [g for g in generators for _ in range(num_samples)]
         shape = (batch_size * num_samples, self.horizons.pred, self.spec.action_dim)
         x_T = draw_noise(shape, self.device, generators)
-        x_0 = sample(self.process, self.denoise, x_T, condition, self.sampler, generators)
+        x_0 = sample(self.process, self.denoise, x_T, condition, self.sampler, generators, plan=self.plan)
         chunk = self.normalizer.unnormalize(ACTION, x_0)
         return chunk if num_samples == 1 else chunk.unflatten(0, (batch_size, num_samples))
 

@@ -1,0 +1,107 @@
+"""What is wrong with a setting, in words: a short label for every table and figure, the reason, and the cure."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from diffpolicy.processes.samplers import Process, SamplerConfig
+
+MAX_TERMINAL_SIGNAL = 0.05
+"""A schedule that leaves more of the signal at t = 1 is a finding."""
+MAX_ERROR_GAIN = 100
+"""Unclipped noise prediction is a finding where an error of the noise becomes an x_0 error so many times as large."""
+FIXED_PLANS = ("direct", "two_step")
+"""Samplers of the baselines: nothing about their times can be chosen."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem of a setting."""
+
+    label: str
+    """A few words, for tables and figures."""
+    text: str
+    """Reason and cure, for a warning."""
+
+
+def process_findings(
+    *, described: str, terminal_signal: float, prediction_type: str, cures: tuple[str, ...]
+) -> list[Finding]:
+    """What is wrong with a schedule and a prediction type, whatever samples them."""
+    found = []
+    if terminal_signal > MAX_TERMINAL_SIGNAL:
+        found.append(
+            Finding(
+                f"terminal signal {terminal_signal:.0%}",
+                f"{described} leaves {terminal_signal:.0%} of the signal at t=1, but sampling starts from pure noise, so even a "
+                f"perfect network is biased; use {' or '.join(cures)}",
+            )
+        )
+    if terminal_signal == 0 and prediction_type == "epsilon":
+        found.append(
+            Finding(
+                "zero SNR with epsilon",
+                "process.prediction_type=epsilon with zero terminal SNR: at t=1 the noise is all there is, so the first call of "
+                "the network says nothing about x_0 (taken as 0); use process.prediction_type=v_prediction or sample",
+            )
+        )
+    return found
+
+
+def sampler_findings(
+    process: Process, config: SamplerConfig, times: tuple[float, ...], *, action_limit: float | None = None
+) -> list[Finding]:
+    """What is wrong with sampling a process so.
+
+    Args:
+        times: at which the network is called, from noise to data.
+        action_limit: largest normalised action of the training data, None if unknown.
+    """
+    found = []
+    if config.name not in FIXED_PLANS and times[0] < 1 - 1e-9:
+        given = "sampler.timesteps" if config.timesteps is not None else f"sampler.spacing={config.spacing}"
+        found.append(
+            Finding(
+                f"starts at t={times[0]:.2g}",
+                f"{given} with {len(times)} calls begins at t={times[0]:.2g}, yet the first x_t is pure noise, which belongs to "
+                "t=1: the network is told that it sees signal where there is none; use sampler.spacing=trailing",
+            )
+        )
+    if config.clip_sample is not None and action_limit is not None and config.clip_sample < action_limit * 0.999:
+        found.append(
+            Finding(
+                f"clips at {config.clip_sample:g} of {action_limit:.3g}",
+                f"sampler.clip_sample={config.clip_sample:g} cuts off normalised actions, which reach {action_limit:.3g}; set "
+                "sampler.clip_sample=null (or higher), or normalizer.action=limits",
+            )
+        )
+    if config.clip_sample is None and process.prediction_type == "epsilon":
+        alpha, sigma = process.levels(torch.tensor(times[:1], dtype=torch.float64, device="cpu"))
+        if alpha > 0 and (gain := float(sigma / alpha)) > MAX_ERROR_GAIN:
+            found.append(
+                Finding(
+                    f"unclipped epsilon (error x {gain:,.0f})",
+                    f"an error of the predicted noise becomes an error of x_0 {gain:,.0f} times as large at the first call, and "
+                    "nothing clips it; set sampler.clip_sample=1.0, or predict sample or v_prediction",
+                )
+            )
+    return found
+
+
+def ignored_choices(config: SamplerConfig, name: str) -> list[str]:
+    """Choices that the sampler `name` does not look at although they differ from their defaults, as `sampler.eta=0.5`."""
+    looked_at = {"ddim": {"eta"}, "diffusers": {"eta", "scheduler"}}.get(name, set())
+    watched = {"eta", "scheduler"}
+    if name in FIXED_PLANS:
+        watched |= {"spacing", "timesteps", "final_sigma"}
+    default = type(config)()
+    return [
+        f"sampler.{f.name}={getattr(config, f.name)}"
+        for f in dataclasses.fields(config)
+        if f.name in watched - looked_at and getattr(config, f.name) != getattr(default, f.name)
+    ]
