@@ -11,6 +11,7 @@ import typer
 from diffpolicy import __version__
 from diffpolicy.cli_data import app as data_app
 from diffpolicy.cli_data import parse_episodes
+from diffpolicy.cli_schedules import schedules
 
 app = typer.Typer(
     name="diffpolicy",
@@ -29,6 +30,7 @@ app = typer.Typer(
     Add --debug to any command for a full traceback.""",
 )
 app.add_typer(data_app, name="data")
+app.command()(schedules)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 

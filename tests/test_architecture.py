@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
     {"sweep"},
     {"checkpoint"},
     {"train", "bench", "evaluate"},
-    {"quickstart", "cli_data", "cli_oracle", "workers", "ablation_jobs"},
+    {"quickstart", "cli_data", "cli_oracle", "cli_schedules", "workers", "ablation_jobs"},
     {"ablation_plan"},
     {"ablate"},
     {"cli_ablate"},
@@ -47,7 +47,7 @@ ROOMS = {
     "omegaconf": set().union(*LAYERS[HEIGHT["config"] :]),
     "safetensors": {"checkpoint"},
     "gymnasium": {"envs"},
-    "typer": {"cli", "cli_data", "cli_ablate", "cli_oracle"},
+    "typer": {"cli", "cli_data", "cli_schedules", "cli_ablate", "cli_oracle"},
 }
 """Third-party package -> the only modules or folders that may import it."""
 HEAVY = ("torch", "lightning", "zarr", "diffusers", "omegaconf", "open_clip", "numpy", "gymnasium", "matplotlib")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,15 @@ def sampler_findings(
                 "t=1: the network is told that it sees signal where there is none; use sampler.spacing=trailing",
             )
         )
+    crowd = _most_calls_in_one_step(process, times)
+    if crowd > 2:
+        found.append(
+            Finding(
+                f"{crowd} calls in one training step",
+                f"sampler.spacing={config.spacing} puts {crowd} of {len(times)} calls between two training steps, where the schedule "
+                "jumps (a capped last step): the network was trained at neither; use sampler.spacing=trailing",
+            )
+        )
     if config.clip_sample is not None and action_limit is not None and config.clip_sample < action_limit * 0.999:
         found.append(
             Finding(
@@ -91,6 +101,15 @@ def sampler_findings(
                 )
             )
     return found
+
+
+def _most_calls_in_one_step(process: Process, times: tuple[float, ...]) -> int:
+    """The largest number of calls that lie between two neighbouring training steps; 0 for a process in continuous time."""
+    T = getattr(process, "num_train_timesteps", None)
+    if T is None:
+        return 0
+    at = [math.floor(t * T - 1e-6) for t in times if abs(t * T - round(t * T)) > 1e-3]  # those that fall between
+    return max((at.count(k) for k in set(at)), default=0)
 
 
 def ignored_choices(config: SamplerConfig, name: str) -> list[str]:
