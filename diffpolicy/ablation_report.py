@@ -73,18 +73,18 @@ def conclusions(result: AblationResult, summaries: tuple[CellSummary, ...]) -> d
     said: dict[str, list[str]] = {}
     if not compared:
         said["One setting"] = [
-            f"Only {base.cell.label} has results, so there is nothing to compare: success {percent(base.success)} % "
+            f'Only "{base.cell.label}" has results, so there is nothing to compare: success {percent(base.success)} % '
             f"[{percent(base.success_interval[0])}, {percent(base.success_interval[1])}], score {base.score:.3f} "
             f"[{base.score_interval[0]:.3f}, {base.score_interval[1]:.3f}]."
         ]
     else:
         said["Supported differences"] = [_supported(label, base.cell.label, c) for label, c in supported] or [
-            f"No difference in success to {base.cell.label} is supported."
+            f'No difference in success to "{base.cell.label}" is supported.'
         ]
     said["Not told apart"] = [_untold(label, base.cell.label, c) for label, c in compared if c.verdict == UNTOLD]
     said["Not paired"] = [
-        f"{label} shares no training seed or not the start states with {base.cell.label}, so no pairing is claimed and no "
-        f"test is made: difference {_points_with(c.difference, c.interval)}, each side's episodes resampled alone."
+        f'"{label}" and "{base.cell.label}" share no training seed or differ in start states, so no pairing is claimed and '
+        f"no test is made: difference {_points_with(c.difference, c.interval)}, each side's episodes resampled alone."
         for label, c in compared
         if not c.paired
     ]
@@ -95,7 +95,7 @@ def conclusions(result: AblationResult, summaries: tuple[CellSummary, ...]) -> d
 def _supported(label: str, baseline: str, c: Comparison) -> str:
     more = "more" if c.difference > 0 else "less"
     sentence = (
-        f"{label} succeeds {more} often than {baseline}: {_points_with(c.difference, c.interval)} over {_played(c)}, "
+        f'"{label}" succeeds {more} often than "{baseline}": {_points_with(c.difference, c.interval)} over {_played(c)}, '
         f"corrected p {_equals(c.holm_p)}."
     )
     if c.anew:
@@ -111,7 +111,7 @@ def _supported(label: str, baseline: str, c: Comparison) -> str:
 def _untold(label: str, baseline: str, c: Comparison) -> str:
     n = c.num_starts * len(c.train_seeds)
     sentence = (
-        f"n = {n:,} paired episodes cannot tell {label} and {baseline} apart "
+        f'n = {n:,} paired episodes cannot tell "{label}" and "{baseline}" apart '
         f"(difference {100 * c.difference:.1f} points, {_range(c.interval)})"
     )
     if c.needed is not None and math.isfinite(c.needed) and c.needed > n:
@@ -122,6 +122,8 @@ def _untold(label: str, baseline: str, c: Comparison) -> str:
         sentence += f"; it is at the edge (corrected p {_equals(c.holm_p)})"
     else:
         sentence += "; they succeeded equally often"
+    if not c.interval[0] <= 0 <= c.interval[1]:
+        sentence += f". The interval of this one comparison leaves out zero, but the corrected p is {p_value(c.holm_p)}"
     if c.shown is not None:
         sentence += f". These episodes would show a difference of {100 * c.shown:.1f} points"
     return sentence + "."
@@ -130,9 +132,9 @@ def _untold(label: str, baseline: str, c: Comparison) -> str:
 def _unknown(summaries: tuple[CellSummary, ...]) -> list[str]:
     """Training runs that are too few, or that some cells lack."""
     sentences = []
-    once = [s.cell.label for s in summaries if len(s.cell.train_seeds) == 1]
+    once = [f'"{s.cell.label}"' for s in summaries if len(s.cell.train_seeds) == 1]
     if once:
-        which = "Every setting was" if len(once) == len(summaries) else f"{_listed(once)}: each"
+        which = "Every setting was" if len(once) == len(summaries) else f"{_listed(once)}: each was"
         sentences.append(
             f"{which} trained once, so the variation between training runs is unknown: every interval and p value is about "
             "these networks, and a network trained anew may rank differently."
@@ -140,8 +142,8 @@ def _unknown(summaries: tuple[CellSummary, ...]) -> list[str]:
     every = sorted({seed for s in summaries for seed in s.cell.train_seeds})
     lacking = [s for s in summaries if set(s.cell.train_seeds) != set(every)]
     sentences += [
-        f"{s.cell.label} has training seeds {_listed(s.cell.train_seeds)} of {_listed(every)}; it is compared on those that "
-        "the baseline has too."
+        f'"{s.cell.label}" has training seeds {_listed(s.cell.train_seeds)} of {_listed(every)}; '
+        "settings are compared on the training seeds that both have."
         for s in lacking
     ]
     return sentences
