@@ -108,6 +108,27 @@ class GaussianMixture:
             offset[chosen] = scaled[chosen] @ self._axes[k].mT
         return self.means[component] + offset.view(-1, *self.shape)
 
+    def sample_evenly(self, num_samples: int, seed: int = 0) -> Tensor:
+        """Chunks (num_samples, T_pred, D_act) that fill the distribution more evenly than chance would; same marginals.
+
+        Scrambled Sobol points (Owen 1998): the share of every component is right to within 1 / num_samples.
+        """
+        uniform = even_uniforms(num_samples, 1 + self.means[0].numel(), seed)
+        component = torch.bucketize(uniform[:, 0].contiguous(), self.weights.cumsum(0)[:-1])  # (N,)
+        scaled = torch.special.ndtri(uniform[:, 1:]) * self._variances.sqrt()[component]
+        offset = torch.einsum("nd,ned->ne", scaled, self._axes[component])
+        return self.means[component] + offset.view(-1, *self.shape)
+
+    def even_noise(self, num_samples: int, seed: int = 0) -> Tensor:
+        """Standard normal noise (num_samples, T_pred, D_act), most even along the directions in which the chunks differ most.
+
+        A deterministic sampler started from it shows its own error in mode weights and little of chance.
+        """
+        means = self.means.flatten(1) - (self.weights[:, None] * self.means.flatten(1)).sum(0)
+        total = torch.einsum("k,kde->de", self.weights, self.covariance + means[:, :, None] * means[:, None])
+        axes = torch.linalg.eigh(total).eigenvectors.flip(1)  # (d, d), widest first, as the first Sobol coordinates are best
+        return (torch.special.ndtri(even_uniforms(num_samples, len(axes), seed)) @ axes.T).view(-1, *self.shape)
+
     def _expand_level(self, level: Level, x_t: Tensor) -> Tensor:
         """A level as (B,), or as (B, d) where it was given per action."""
         level = torch.as_tensor(level, dtype=torch.float64, device=x_t.device)
@@ -296,6 +317,12 @@ class GaussianMixture:
 
 def _double(values: float | Tensor) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64)
+
+
+def even_uniforms(num_points: int, dim: int, seed: int) -> Tensor:
+    """Scrambled Sobol points (num_points, dim) inside (0, 1), float64. Best where num_points is a power of two."""
+    points = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(num_points, dtype=torch.float64)
+    return points.clamp(2**-31, 1 - 2**-31)
 
 
 def smooth_error(shape: tuple[int, int], seed: int, num_features: int = 128) -> Callable[[Tensor, Tensor], Tensor]:
