@@ -25,7 +25,7 @@ from diffpolicy.denoisers.transformer import TransformerConfig
 from diffpolicy.denoisers.unet import UnetConfig
 from diffpolicy.encoders.resnet import ResnetConfig
 from diffpolicy.foreign import load_reference_checkpoint, reference_policy_parts
-from diffpolicy.processes import SamplerConfig
+from diffpolicy.processes import SamplerConfig, noise_generators
 from diffpolicy.spec import Condition, ConditionSpec, DataSpec, FieldSpec, Horizons
 from tests import test_foreign as foreign
 from tests.conftest import TINY_SPEC, tiny_config_for
@@ -254,10 +254,11 @@ def reference_chunk(network, scaling, obs, *, horizon: int) -> torch.Tensor:
     scheduler = DDPMScheduler(**{k: v for k, v in foreign.SCHEDULER.items() if not k.startswith("_")})
     scheduler.set_timesteps(100)
     x_t = torch.randn(len(obs), horizon, len(scaling["action"].scale), generator=generator)
+    fresh = noise_generators(generator)  # ours keeps the noise on the way apart from the initial noise
     with torch.no_grad():
         for k in scheduler.timesteps:
             noise = network(x_t, k.float().expand(len(obs)), condition)
-            x_t = scheduler.step(noise, k, x_t, generator=generator).prev_sample
+            x_t = scheduler.step(noise, k, x_t, generator=fresh).prev_sample
     return (x_t - scaling["action"].offset) / scaling["action"].scale
 
 

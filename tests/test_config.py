@@ -192,8 +192,8 @@ def test_values_may_refer_to_each_other(tmp_path):
         ("denoiser.name=unett", r"denoiser.name \(in command line: .*\) must be one of .* Did you mean 'unet'\?"),
         ("process.schedule=cosine", r"'process.schedule' .* must be one of"),  # an option of diffusion, not of flow
         (
-            "sampler.name=ddim",
-            r"sampler.name=ddim cannot sample process.name=flow; it takes auto or one of \['euler'\]",
+            "sampler.name=direct",
+            r"sampler.name=direct cannot sample process.name=flow; it takes auto or one of \['euler', 'heun', ",
         ),
         ("policy=diffusio", r"policy must be one of .* Did you mean 'diffusion'\?"),
         (

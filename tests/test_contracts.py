@@ -25,6 +25,8 @@ from tests.conftest import TINY_SPEC
 MEMBERS = [(section, name) for section, family in FAMILIES.items() for name in family]
 CPU = torch.device("cpu")
 SOLVERS = [(process, sampler) for process, (_, cls) in PROCESSES.items() for sampler in cls.samplers]
+GENERATIVE = [name for name, (config, _) in PROCESSES.items() if "prediction_type" in config.__dataclass_fields__]
+"""Processes with a path between noise and data; the baselines have none."""
 
 
 # --- every family ---
@@ -86,10 +88,12 @@ def test_training_times_lie_in_zero_to_one_and_follow_the_generator(name):
     draw = lambda seed: process.sample_time(500, CPU, torch.Generator().manual_seed(seed))
     t = draw(0)
     assert t.shape == (500,) and t.min() > 0 and t.max() <= 1
-    assert torch.equal(t, draw(0)) and not torch.equal(t, draw(1))
+    assert torch.equal(t, draw(0))
+    if t.unique().numel() > 1:  # regression and straight flow know one time only
+        assert not torch.equal(t, draw(1))
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", GENERATIVE)
 def test_process_ends_in_noise_and_begins_near_the_data(name):
     process, (x_0, noise) = build_process(name), chunks(5, 4, 3)
     torch.testing.assert_close(process.add_noise(x_0, noise, torch.ones(5)), noise, atol=0.01, rtol=0)
@@ -106,7 +110,7 @@ def test_process_takes_time_per_sample_and_per_action(name, t_shape):
     torch.testing.assert_close(process.to_x0(target, x_t, t), x_0, atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", GENERATIVE)
 def test_process_refuses_an_unknown_prediction_by_name(name):
     with pytest.raises(ValueError, match=r"process.prediction_type must be one of"):
         PROCESSES[name][0](prediction_type="nothing")
@@ -148,7 +152,7 @@ def test_schedule_keeps_the_shape_of_time_and_names_its_source(name):
         warnings.simplefilter("error")
         alpha_bar = SCHEDULES[name](torch.rand(3, 4, 5, dtype=torch.float64), 100)
     assert alpha_bar.shape == (3, 4, 5) and ((alpha_bar > 0) & (alpha_bar <= 1)).all()
-    assert "arXiv:" in SCHEDULES[name].__doc__
+    assert "arXiv:" in SCHEDULES[name].__doc__ or "diffusers" in SCHEDULES[name].__doc__
 
 
 # --- policies and executors ---
@@ -311,8 +315,9 @@ def test_demonstrator_acts_in_the_environment_of_its_name(name):
     assert action.shape == env.action_space.shape and np.isfinite(action).all()
 
 
-def test_samplers_are_functions_of_the_same_six_things():
-    expected = ["process", "denoise", "x_T", "condition", "config", "generators"]
-    assert {name: list(inspect.signature(f).parameters) for name, f in SAMPLERS.items()} == dict.fromkeys(
-        SAMPLERS, expected
-    )
+def test_samplers_are_functions_of_a_process_and_their_config():
+    required = {
+        name: [p.name for p in inspect.signature(f).parameters.values() if p.default is p.empty]
+        for name, f in SAMPLERS.items()
+    }
+    assert required == dict.fromkeys(SAMPLERS, ["process", "config"])

@@ -120,14 +120,14 @@ def test_auto_sampler_is_resolved_so_that_results_can_name_it(tiny_policy):
 
 
 def test_eta_that_the_sampler_ignores_is_said_aloud(make_policy):
-    with pytest.warns(UserWarning, match="sampler.eta=0.5 is ignored: only ddim adds noise so, this is euler"):
+    with pytest.warns(UserWarning, match="sampler.eta=0.5 is ignored: euler does not use it"):
         make_policy(sampler={"eta": 0.5})
 
 
 def test_sampler_of_another_process_is_refused_and_changes_nothing(tiny_policy):
     before = tiny_policy.sampler
-    with pytest.raises(ValueError, match=r"sampler.name=ddim cannot sample process 'flow'"):
-        tiny_policy.use_sampler(SamplerConfig(name="ddim"))
+    with pytest.raises(ValueError, match=r"sampler.name=direct cannot sample process 'flow'"):
+        tiny_policy.use_sampler(SamplerConfig(name="direct"))
     assert tiny_policy.sampler == before
 
 

@@ -8,6 +8,9 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from diffpolicy.processes.diffusion import PREDICTION_TYPES, Diffusion, DiffusionConfig
 
+EVERY_PREDICTION = [
+    DiffusionConfig(prediction_type=p, sigma_data=0.5 if p == "edm" else None) for p in PREDICTION_TYPES
+]
 EVERY_STEP = (torch.arange(100) + 1) / 100
 """All times of T = 100, (100,)."""
 
@@ -17,12 +20,12 @@ def chunks(batch: int = 100, dtype=torch.float64) -> tuple[torch.Tensor, torch.T
     return tuple(torch.randn(2, batch, 4, 3, dtype=dtype, generator=torch.Generator().manual_seed(0)))
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_to_x0_inverts_the_target_at_every_step(prediction_type):
-    process, (x_0, noise) = Diffusion(DiffusionConfig(prediction_type=prediction_type)), chunks()
+@pytest.mark.parametrize("config", EVERY_PREDICTION, ids=PREDICTION_TYPES)
+def test_to_x0_inverts_the_target_at_every_step(config):
+    process, (x_0, noise) = Diffusion(config), chunks()
     x_t = process.add_noise(x_0, noise, EVERY_STEP)
     got = process.to_x0(process.target(x_0, noise, EVERY_STEP), x_t, EVERY_STEP)
-    torch.testing.assert_close(got, x_0, atol=1e-3 if prediction_type == "epsilon" else 1e-6, rtol=0)
+    torch.testing.assert_close(got, x_0, atol=1e-3 if config.prediction_type == "epsilon" else 1e-6, rtol=0)
 
 
 def test_add_noise_equals_that_of_diffusers():
@@ -51,9 +54,9 @@ def test_signal_and_noise_keep_the_variance():
     torch.testing.assert_close(signal**2 + sigma**2, torch.ones(100, 1, 1))
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_time_may_differ_between_the_actions_of_a_chunk(prediction_type):
-    process, (x_0, noise) = Diffusion(DiffusionConfig(prediction_type=prediction_type)), chunks(batch=2)
+@pytest.mark.parametrize("config", EVERY_PREDICTION, ids=PREDICTION_TYPES)
+def test_time_may_differ_between_the_actions_of_a_chunk(config):
+    process, (x_0, noise) = Diffusion(config), chunks(batch=2)
     t = torch.tensor([[0.01, 0.2, 0.5, 1.0], [1.0, 0.5, 0.5, 0.3]])  # (B, T_pred)
     x_t = process.add_noise(x_0, noise, t)
     x_0_again = process.to_x0(process.target(x_0, noise, t), x_t, t)
