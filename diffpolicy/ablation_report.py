@@ -13,15 +13,20 @@ import csv
 import html
 import io
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from diffpolicy.ablation_cells import AblationResult
-from diffpolicy.ablation_plots import draw_figures
+from diffpolicy.ablation_plots import draw_figures, problem_letters
 from diffpolicy.ablation_table import (
     ALPHA,
+    BETTER,
+    UNPAIRED,
     UNTOLD,
+    WORSE,
     CellSummary,
     Comparison,
     Interval,
@@ -78,6 +83,14 @@ def conclusions(result: AblationResult, summaries: tuple[CellSummary, ...]) -> d
             f"[{base.score_interval[0]:.3f}, {base.score_interval[1]:.3f}]."
         ]
     else:
+        tally = Counter(c.verdict for _, c in compared)
+        said["In short"] = [
+            f'Against "{base.cell.label}": '
+            + ", ".join(
+                f"{tally[verdict]} {verdict}" for verdict in (BETTER, WORSE, UNTOLD, UNPAIRED) if tally[verdict]
+            )
+            + f", of {len(compared)} settings."
+        ]
         said["Supported differences"] = [_supported(label, base.cell.label, c) for label, c in supported] or [
             f'No difference in success to "{base.cell.label}" is supported.'
         ]
@@ -160,6 +173,7 @@ def _page(result: AblationResult, summaries: tuple[CellSummary, ...], figures: l
     parts.append("<h2>What the data say</h2>")
     for heading, sentences in conclusions(result, summaries).items():
         parts += [f"<h3>{_text(heading)}</h3>", _bullets(_text(sentence) for sentence in sentences)]
+    parts += ["<h2>How it was run</h2>", _html_table(["", ""], _setting(result, summaries))]
     parts += ["<h2>Results</h2>", _html_table(*main_table(result, summaries))]
     parts.append(
         "<p class=note>NFE: network calls per chunk, counted. ms per call: median of a batched policy call. "
@@ -177,15 +191,17 @@ def _page(result: AblationResult, summaries: tuple[CellSummary, ...], figures: l
             f'<figure><img alt="{_text(caption)}" src="data:image/png;base64,{image}">'
             f"<figcaption>{_text(caption)} <code>figures/{file.stem}.pdf</code></figcaption></figure>"
         )
-    problems = [(s.cell.label, problem) for s in summaries for problem in s.cell.labels]
-    if problems:
-        parts += ["<h2>Settings with known problems</h2>", _html_table(["setting", "problem"], problems)]
+    if letters := problem_letters([s.cell for s in summaries]):
+        rows = [
+            [f"[{letter}] {problem}", "; ".join(s.cell.label for s in summaries if problem in s.cell.labels)]
+            for problem, letter in letters.items()
+        ]
+        parts += ["<h2>Settings with known problems</h2>", _html_table(["problem", "settings"], rows)]
     if result.failed:
         parts += ["<h2>Failed or missing</h2>", _html_table(["what", "why"], result.failed.items())]
     if result.duplicates:
         parts += ["<h2>Settings that are the same as another</h2>"]
         parts.append(_html_table(["setting", "same as"], result.duplicates.items()))
-    parts += ["<h2>How it was run</h2>", _html_table(["", ""], _setting(result, summaries))]
     if runs := _training_runs(summaries):
         parts += ["<h2>Training runs</h2>", _html_table(*runs)]
     body = "\n".join(parts)
@@ -216,11 +232,11 @@ h1{margin-bottom:0}h2{margin-top:2em;border-bottom:1px solid #ccc}h3{margin-bott
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
 th,td{text-align:left;vertical-align:top;padding:.3em .7em .3em 0;border-bottom:1px solid #ddd}
 th{border-bottom:2px solid #444}
-td.wrap{overflow-wrap:anywhere}
+td{overflow-wrap:break-word;max-width:34em}
 figure{margin:1.5em 0;break-inside:avoid}img{max-width:100%;height:auto}
 figcaption,.note{font-size:13px;color:#444}
 li{margin:.25em 0}
-@media print{main{max-width:none;padding:0}body{font-size:10pt}table{font-size:7.5pt}.wide{overflow:visible}
+@media print{main{max-width:none;padding:0}body{font-size:10pt}table{font-size:7.5pt}.wide{overflow:visible}img{max-height:160mm}
 h2,h3{break-after:avoid}tr{break-inside:avoid}thead{display:table-header-group}@page{size:A4 landscape;margin:14mm}}
 """
 
@@ -285,9 +301,14 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 def _html_table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     headers = list(headers)
     head = "".join(f'<th scope="col">{_text(name)}</th>' for name in headers)
-    body = "".join(f"<tr>{''.join(f'<td class=wrap>{_text(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{_unbroken(_text(cell))}</td>' for cell in row)}</tr>\n" for row in rows)
     thead = f"<thead><tr>{head}</tr></thead>\n" if any(headers) else ""
     return f'<div class="wide"><table>\n{thead}<tbody>\n{body}</tbody></table></div>'
+
+
+def _unbroken(text: str) -> str:
+    """No line break inside an interval."""
+    return re.sub(r"\[([^\[\], ]+), ([^\[\], ]+)\]", "[\\1,&nbsp;\\2]", text)
 
 
 def _bullets(items: Iterable[str]) -> str:

@@ -89,8 +89,11 @@ def test_large_difference_is_supported_and_a_small_one_is_said_to_need_more_epis
     words = said(THREE)
     assert len(words["Supported differences"]) == len(words["Not told apart"]) == 1
     assert words["Supported differences"][0].startswith('"linear" succeeds less often than "cosine": -37.7 points [')
+    assert words["In short"] == ['Against "cosine": 1 worse, 1 not told apart, of 2 settings.']
     untold = words["Not told apart"][0]
-    assert untold.startswith('n = 300 paired episodes cannot tell "sigmoid" and "cosine" apart (difference -0.3 points, ')
+    assert untold.startswith(
+        'n = 300 paired episodes cannot tell "sigmoid" and "cosine" apart (difference -0.3 points, '
+    )
     assert int(re.search(r"about ([\d,]+) would", untold)[1].replace(",", "")) > 10_000
 
 
@@ -219,7 +222,7 @@ def test_page_shows_warnings_failures_setting_and_smoke(tmp_path):
         "Incomplete: 1 failed or missing",
         "laplace worker died with signal 9",
         "kosinus cosine",
-        "linear terminal signal 60 %",
+        "[a] terminal signal 60 % linear",
         "command diffpolicy ablate noise.yaml",
         "versions torch 2.9",
         "training seeds 0, 1, 2",
@@ -235,7 +238,9 @@ def test_tables_can_be_read_back_and_agree(tmp_path):
     with open(tmp_path / "results.csv", newline="") as file:
         from_csv = list(csv.DictReader(file))
     from_parquet = pq.read_table(tmp_path / "results.parquet").to_pylist()
-    assert [row["label"] for row in from_csv] == [row["label"] for row in from_parquet] == ["cosine", "linear", "sigmoid"]
+    assert (
+        [row["label"] for row in from_csv] == [row["label"] for row in from_parquet] == ["cosine", "linear", "sigmoid"]
+    )
     assert from_parquet == table_rows(THREE, summarise(THREE))
     linear = from_csv[1]
     assert float(linear["success"]) == pytest.approx(127 / 300) and linear["verdict"] == "worse"
