@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from diffpolicy import __version__, processes
+from diffpolicy import __version__
 from diffpolicy.checkpoint import list_checkpoints, load_policy, read_description, resolve_device
 from diffpolicy.config import FAMILIES, Choice, config_from_dict
 from diffpolicy.executors import RecedingHorizon
@@ -113,7 +113,7 @@ def run_rollout(job: dict) -> dict:
         "steps": [int(e.steps) for e in result.episodes],
         "nfe": calls["denoiser"] // calls["encoder"],
         "call_ms": median(result.call_ms or [e.chunk_latency_ms for e in result.episodes]),
-        "labels": list(processes.labels(policy.process, policy.sampler)) if hasattr(processes, "labels") else [],
+        "labels": [finding.label for finding in policy.findings()],
         "sampling_seed": job["sampling_seed"],
         "sampler": dataclasses.asdict(policy.sampler),
         "horizons": dataclasses.asdict(policy.horizons),

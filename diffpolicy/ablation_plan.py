@@ -127,11 +127,10 @@ def plan_sweep(sweep: SweepConfig, out: Path) -> Plan:
             first_of[cell_hash] = cell.label
             runs += resolved
     if bad:
-        num_bad = sum(map(len, bad.values()))
-        reasons = [f"[{_culprit(group, cells)}] {reason}" for reason, group in bad.items()]
+        labels = {cell.label for group in bad.values() for cell in group}
         raise ValueError(
-            f"sweep {sweep.name}: {num_bad} of {len(cells)} cells cannot run; mend or exclude them: "
-            + "; ".join(reasons)
+            f"sweep {sweep.name}: {len(labels)} of {len(cells)} cells cannot run; mend or exclude them: "
+            + "; ".join(f"[{_culprit(group, cells, labels)}] {reason}" for reason, group in bad.items())
         )
     distinct = tuple(cell for cell in cells if cell.label not in duplicates)
     return Plan(sweep, out, distinct, tuple(runs), duplicates, duplicates.get(baseline, baseline), bench.fingerprints())
@@ -194,7 +193,7 @@ def _resolve(sweep: SweepConfig, cell: Cell, bench: _Bench) -> list[Run]:
         trained = training_part(training, fingerprint)
         policy = bench.policy(training, spec, content_hash(trained))
         sampler = policy.use_sampler(config.sampler).sampler  # `auto` has a name now
-        bench.check_env(config, spec)
+    bench.check_env(config, spec)
     data = dataclasses.replace(config.data, path=str(Path(config.data.path).absolute()))
     config = dataclasses.replace(config, sampler=sampler, data=data)
     training = dataclasses.replace(training, sampler=sampler, data=data)
@@ -219,14 +218,13 @@ def _resolve(sweep: SweepConfig, cell: Cell, bench: _Bench) -> list[Run]:
     ]
 
 
-def _culprit(group: Sequence[Cell], cells: Sequence[Cell]) -> str:
-    """The axis and value that all cells of a group share and no other cell has, or as much as they share."""
-    first, labels = group[0], {cell.label for cell in group}
+def _culprit(group: Sequence[Cell], cells: Sequence[Cell], bad: set[str]) -> str:
+    """The axis and value that explain why the cells of a group fail: all of them have it, and no cell that is sound."""
     if len(group) == len(cells) > 1:
         return "every cell"
-    common = {axis: v for axis, v in first.axes.items() if all(cell.axes[axis] == v for cell in group)}
+    common = {axis: v for axis, v in group[0].axes.items() if all(cell.axes[axis] == v for cell in group)}
     for axis, value in common.items():
-        if {cell.label for cell in cells if cell.axes[axis] == value} == labels:
+        if all(cell.label in bad for cell in cells if cell.axes[axis] == value):
             return f"{axis}={value}"
     return ", ".join(f"{axis}={value}" for axis, value in common.items()) or f"{len(group)} cells"
 

@@ -81,7 +81,9 @@ class SweepConfig:
         for name in ("first_env_seed", "sampling_seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if "seed" in self.set or any("seed" in setting["set"] for axis in self.axes.values() for setting in axis.values()):
+        if "seed" in self.set or any(
+            "seed" in setting["set"] for axis in self.axes.values() for setting in axis.values()
+        ):
             raise ValueError("training seeds are no axis: write seeds: [0, 1, 2], and every cell is trained with each")
         for key in self.set:
             if key in self.axes:
@@ -226,11 +228,10 @@ def cell_config(sweep: SweepConfig, cell: Cell, seed: int) -> Config:
     """
     sections: dict[str, dict] = {}
     for settings in (sweep.set, cell.set, {"seed": seed}):
-        for key, value in settings.items():
+        # the choice of a member comes before its options, in whatever order they stand
+        for key, value in sorted(settings.items(), key=lambda item: not _chooses(*item)):
             section, _, rest = key.partition(".")
-            if section in FAMILIES and not rest and isinstance(value, str):
-                rest, value = "name", value
-            if section in FAMILIES and rest == "name":  # the choice comes before its options
+            if _chooses(key, value):
                 sections[section] = {"name": value} | _same_member(sections.get(section, {}), value)
             elif rest:
                 if not isinstance(sections.get(section), dict):
@@ -397,6 +398,12 @@ def _check_collect(collect: dict) -> None:
     for key in ("env", "episodes"):
         if key not in collect:
             raise ValueError(f"collect needs {key!r}, as in {{env: tabletop, episodes: 30}}, got {collect}")
+
+
+def _chooses(key: str, value: Any) -> bool:
+    """Whether a setting picks a member of a family: `denoiser.name: unet`, or `denoiser: unet`."""
+    section, _, rest = key.partition(".")
+    return section in FAMILIES and (rest == "name" or (not rest and isinstance(value, str)))
 
 
 def _same_member(options: dict, name: str) -> dict:
