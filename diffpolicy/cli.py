@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from diffpolicy import __version__
+from diffpolicy.cli_ablate import ablate
 from diffpolicy.cli_data import app as data_app
 from diffpolicy.cli_data import parse_episodes
 from diffpolicy.cli_schedules import schedules
@@ -30,6 +31,7 @@ app = typer.Typer(
     Add --debug to any command for a full traceback.""",
 )
 app.add_typer(data_app, name="data")
+app.command()(ablate)
 app.command()(schedules)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
