@@ -69,7 +69,9 @@ def forest(result: AblationResult, summaries: tuple[CellSummary, ...]) -> Figure
     from matplotlib.figure import Figure
 
     rows = np.arange(len(summaries))[::-1]
-    figure = Figure(figsize=(9.5, 1.5 + 0.3 * len(summaries)), layout="constrained")
+    letters = problem_letters([s.cell for s in summaries])
+    ticks = [_tick(s.cell, letters, s.is_baseline) for s in summaries]
+    figure = Figure(figsize=(9.5, 1.5 + _height(ticks)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True, squeeze=False)
     baseline = summaries[result.baseline]
     for panel, what in zip(panels[0], ("success", "score"), strict=True):
@@ -88,8 +90,7 @@ def forest(result: AblationResult, summaries: tuple[CellSummary, ...]) -> Figure
         panel.set(xlabel="success, % of episodes" if what == "success" else "score, largest reward of an episode")
         panel.grid(axis="x", alpha=0.3)
         panel.set_ylim(-0.7, len(summaries) - 0.3)
-    letters = problem_letters([s.cell for s in summaries])
-    panels[0, 0].set_yticks(rows, [_tick(s.cell, letters, s.is_baseline) for s in summaries])
+    panels[0, 0].set_yticks(rows, ticks)
     figure.suptitle("Success and score of every setting, 95 % intervals", fontsize=10)
     return _explain(figure, letters)
 
@@ -206,7 +207,8 @@ def differences(result: AblationResult, summaries: tuple[CellSummary, ...]) -> F
 
     compared = [s for s in summaries if s.comparison and s.comparison.paired]
     letters = problem_letters([s.cell for s in compared])
-    figure = Figure(figsize=(9, 1.6 + 0.3 * len(compared)), layout="constrained")
+    ticks = [_tick(s.cell, letters, False) for s in compared]
+    figure = Figure(figsize=(9, 1.6 + _height(ticks)), layout="constrained")
     panel = figure.subplots()
     panel.axvline(0, color="0.3", lw=1)
     rows = np.arange(len(compared))[::-1]
@@ -220,7 +222,7 @@ def differences(result: AblationResult, summaries: tuple[CellSummary, ...]) -> F
         panel.plot(100 * c.difference, y, marker, color=colour, mfc=colour if c.supported else "white", ms=7, zorder=3)
         verdict = f"{c.verdict}, corrected p {'' if c.holm_p < 1e-4 else '= '}{p_value(c.holm_p)}"
         panel.text(1.01, y, verdict, transform=panel.get_yaxis_transform(), va="center", fontsize=8)
-    panel.set_yticks(rows, [_tick(s.cell, letters, False) for s in compared])
+    panel.set_yticks(rows, ticks)
     panel.set_ylim(-0.7, len(compared) - 0.3)
     panel.set_xlabel("difference in success, percentage points")
     panel.grid(axis="x", alpha=0.3)
@@ -319,6 +321,11 @@ def _tick(cell: CellResult, letters: dict[str, str], is_baseline: bool) -> str:
     if len(name) > 2 * LINE_OF_TICK - 4:  # both ends: labels of a sweep often differ in the last axis only
         name = f"{name[: LINE_OF_TICK - 4]} ... {name[-LINE_OF_TICK + 4 :]}"
     return textwrap.fill(name, LINE_OF_TICK, max_lines=2, placeholder=" ...")
+
+
+def _height(ticks: list[str]) -> float:
+    """Inches that these rows need so that no label touches the next."""
+    return len(ticks) * (0.36 if any("\n" in tick for tick in ticks) else 0.28)
 
 
 def _wrapped(value: AxisValue, width: int) -> str:
