@@ -6,6 +6,7 @@ every figure reads in grey. A setting with known problems carries a letter, expl
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -237,12 +238,16 @@ def varying_axes(result: AblationResult) -> list[str]:
 
 
 def curve_axes(result: AblationResult) -> list[str]:
-    """Axes worth a curve: numbers, or names of settings that differ in network calls; with a line of two points at least."""
+    """Axes worth a curve: numbers, or names with a number in each ("4 calls") that differ in network calls.
+
+    Names without one (ddim, heun) are no points of a line, though they may differ in calls.
+    """
     worth = []
     for axis in varying_axes(result):
         values = _values(result, axis)
         numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        if (numeric or changes_calls(result, axis)) and any(len(line) > 1 for line in _grouped(result, axis).values()):
+        numbered = all(re.search(r"\d", str(value)) for value in values) and changes_calls(result, axis)
+        if (numeric or numbered) and any(len(line) > 1 for line in _grouped(result, axis).values()):
             worth.append(axis)
     return worth
 

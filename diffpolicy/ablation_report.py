@@ -164,7 +164,7 @@ def _unknown(summaries: tuple[CellSummary, ...]) -> list[str]:
 
 def _page(result: AblationResult, summaries: tuple[CellSummary, ...], figures: list[tuple[Path, str]]) -> str:
     parts = [f"<h1>{_text(result.name)}</h1>", f'<p class="question">{_text(result.question)}</p>']
-    if result.described.get("smoke"):
+    if any(str(key).lower() == "smoke" and value for key, value in result.described.items()):
         parts.append(
             '<p class="banner">SMOKE run: it shows that the sweep works. Its numbers say nothing of the settings.</p>'
         )
@@ -256,9 +256,9 @@ def _setting(result: AblationResult, summaries: tuple[CellSummary, ...]) -> list
     starts = {s.cell.env_seeds for s in summaries}
     episodes = sum(s.cell.successes.size for s in summaries)
     rows = [(str(key).replace("_", " "), _said(value)) for key, value in result.described.items()]
-    rows.append(("training seeds", " | ".join(_listed(group) for group in sorted(seeds))))
-    rows.append(("environment seeds", " | ".join(_seed_range(group) for group in sorted(starts))))
-    rows.append(("episodes", f"{episodes:,} in {len(summaries)} cells"))
+    rows.append(("finished", f"{episodes:,} episodes in {len(summaries)} cells"))
+    rows.append(("finished training seeds", " | ".join(_listed(group) for group in sorted(seeds))))
+    rows.append(("finished environment seeds", " | ".join(_seed_range(group) for group in sorted(starts))))
     rows.append(("files beside this page", "results.csv, results.parquet, episodes.parquet, figures/"))
     return rows
 

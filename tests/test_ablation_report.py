@@ -225,9 +225,9 @@ def test_page_shows_warnings_failures_setting_and_smoke(tmp_path):
         "[a] terminal signal 60 % linear",
         "command diffpolicy ablate noise.yaml",
         "versions torch 2.9",
-        "training seeds 0, 1, 2",
-        "environment seeds 100000 .. 100099 (100)",
-        "episodes 900 in 3 cells",
+        "finished training seeds 0, 1, 2",
+        "finished environment seeds 100000 .. 100099 (100)",
+        "finished 900 episodes in 3 cells",
     ):
         assert words in text
     assert "SMOKE" not in page_of(THREE, tmp_path).text
