@@ -51,7 +51,9 @@ NAMED_IN_TABLE = {
 def oracle(
     process: Annotated[
         str | None,
-        typer.Option(help="diffusion, flow, or a baseline; several with commas. Default: diffusion,flow.", show_default=False),
+        typer.Option(
+            help="diffusion, flow, or a baseline; several with commas. Default: diffusion,flow.", show_default=False
+        ),
     ] = None,
     schedule: Annotated[
         str | None, typer.Option(help="Noise schedules. Default: cosine,linear.", show_default=False)
@@ -60,7 +62,9 @@ def oracle(
         str | None,
         typer.Option(help="Samplers. Default: ddim,dpmpp_2m for diffusion, euler for flow.", show_default=False),
     ] = None,
-    spacing: Annotated[str, typer.Option(help="Which times are visited: trailing, leading, linspace, ...")] = "trailing",
+    spacing: Annotated[
+        str, typer.Option(help="Which times are visited: trailing, leading, linspace, ...")
+    ] = "trailing",
     steps: Annotated[str, typer.Option(help="Network calls per chunk.")] = "4,8,16,50",
     prediction: Annotated[
         str | None,
@@ -73,7 +77,9 @@ def oracle(
         str | None, typer.Option(help="Training steps T of a diffusion. Default: 100.", show_default=False)
     ] = None,
     clip: Annotated[str, typer.Option(help="Clip x_0 to +- this, or `none`.")] = "1.0",
-    problem: Annotated[str, typer.Option(help="What is sampled: two_modes, one_gaussian, ring or detour.")] = "two_modes",
+    problem: Annotated[
+        str, typer.Option(help="What is sampled: two_modes, one_gaussian, ring or detour.")
+    ] = "two_modes",
     samples: Annotated[int, typer.Option(help="Chunks per setting.", min=2)] = 2048,
     error: Annotated[
         float, typer.Option(help="Root mean square of an error in what the network predicts; 0: exact.", min=0)
@@ -116,8 +122,8 @@ def oracle(
         _names("--process", process, PROCESSES) or DEFAULTS["process"],
         asked,
         samplers=_names("--sampler", sampler, ["auto", *SAMPLERS]),
-        spacings=_names("--spacing", spacing, SPACINGS),
-        steps=_counts("--steps", steps),
+        spacings=_names("--spacing", spacing, SPACINGS) or ("trailing",),
+        steps=_counts("--steps", steps, needed=True),
         clip_sample=_limit(clip),
     )
     console = Console()
@@ -129,9 +135,7 @@ def oracle(
         def show(done: int, latest: Grade) -> None:
             bar.update(task, completed=done, shown=f"energy distance {latest.energy_distance:.4f}")
 
-        grades = grade_table(
-            settings, problem=problem, num_samples=samples, seed=seed, error=error, progress=show
-        )
+        grades = grade_table(settings, problem=problem, num_samples=samples, seed=seed, error=error, progress=show)
     console.print(_table(grades))
     for reason in skipped:
         console.print(f"skipped: {reason}", markup=False, highlight=False, soft_wrap=True)
@@ -164,7 +168,9 @@ def combine(
     for name in processes:
         config_class, process_class = PROCESSES[name]
         fields = {f.name for f in dataclasses.fields(config_class)}
-        skipped += [f"{OPTIONS[key]} for {name}, which has no such choice" for key in asked if asked[key] and key not in fields]
+        skipped += [
+            f"{OPTIONS[key]} for {name}, which has no such choice" for key in asked if asked[key] and key not in fields
+        ]
         choices = {key: asked[key] or DEFAULTS[key] for key in asked if key in fields}
         for values in itertools.product(*choices.values()):
             chosen = {key: value for key, value in zip(choices, values, strict=True) if value != ""}
@@ -204,11 +210,13 @@ def _names(option: str, text: str | None, known: Iterable[str] | None) -> tuple[
     return tuple(dict.fromkeys(names))
 
 
-def _counts(option: str, text: str | None) -> tuple[int, ...]:
+def _counts(option: str, text: str | None, needed: bool = False) -> tuple[int, ...]:
     """Positive whole numbers between commas."""
     names = _names(option, text, None)
-    if not all(name.isdecimal() and int(name) > 0 for name in names):
-        raise ValueError(f"{option} must be whole numbers from 1 with commas between them, such as 4,8,16, got {text!r}")
+    if not all(name.isdecimal() and int(name) > 0 for name in names) or (needed and not names):
+        raise ValueError(
+            f"{option} must be whole numbers from 1 with commas between them, such as 4,8,16, got {text!r}"
+        )
     return tuple(dict.fromkeys(int(name) for name in names))
 
 

@@ -51,7 +51,9 @@ class GaussianMixture:
         if not (weights > 0).all() or not weights.isfinite().all():
             raise ValueError(f"weights must be positive, got {weights.tolist()}; leave components of no weight out")
         if (spread is None) == (covariance is None):
-            raise ValueError("a mixture needs either spread (standard deviations) or covariance, not both and not neither")
+            raise ValueError(
+                "a mixture needs either spread (standard deviations) or covariance, not both and not neither"
+            )
         self.shape: tuple[int, int] = tuple(means.shape[1:])
         """(T_pred, D_act)."""
         self.weights = weights / weights.sum()  # (K,)
@@ -126,7 +128,9 @@ class GaussianMixture:
         """
         means = self.means.flatten(1) - (self.weights[:, None] * self.means.flatten(1)).sum(0)
         total = torch.einsum("k,kde->de", self.weights, self.covariance + means[:, :, None] * means[:, None])
-        axes = torch.linalg.eigh(total).eigenvectors.flip(1)  # (d, d), widest first, as the first Sobol coordinates are best
+        axes = torch.linalg.eigh(total).eigenvectors.flip(
+            1
+        )  # (d, d), widest first, as the first Sobol coordinates are best
         return (torch.special.ndtri(even_uniforms(num_samples, len(axes), seed)) @ axes.T).view(-1, *self.shape)
 
     def _expand_level(self, level: Level, x_t: Tensor) -> Tensor:
@@ -149,9 +153,7 @@ class GaussianMixture:
             log joint density of x_t and component (B, K); pull_k (B, K, d); alpha and sigma, (B, 1) or (B, d).
         """
         if x_t.shape[1:] != self.shape:
-            raise ValueError(
-                f"x_t must be (B, T_pred={self.shape[0]}, D_act={self.shape[1]}), got {tuple(x_t.shape)}"
-            )
+            raise ValueError(f"x_t must be (B, T_pred={self.shape[0]}, D_act={self.shape[1]}), got {tuple(x_t.shape)}")
         x = x_t.double().flatten(1)  # (B, d)
         alpha, sigma = self._expand_level(alpha, x_t), self._expand_level(sigma, x_t)
         dim, per_action = x.shape[1], alpha.ndim == 2 or sigma.ndim == 2
@@ -367,10 +369,10 @@ def ring() -> GaussianMixture:
 def detour() -> GaussianMixture:
     """Past an obstacle at the origin, on the left (.6) or on the right (.4), smooth in time. (16, 2): across, along.
 
-        across   .6  o o                  along runs from -.8 to .8; deviations are Gaussian processes over time with
-                 .  o   o                 standard deviation .06 and a correlation length of a quarter of the chunk,
-                 0 o  X  o                plus .01 of independent noise
-                -.6  (the same, mirrored)
+    across   .6  o o                  along runs from -.8 to .8; deviations are Gaussian processes over time with
+             .  o   o                 standard deviation .06 and a correlation length of a quarter of the chunk,
+             0 o  X  o                plus .01 of independent noise
+            -.6  (the same, mirrored)
     """
     time = torch.linspace(0, 1, 16, dtype=torch.float64)
     along = 1.6 * time - 0.8

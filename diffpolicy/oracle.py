@@ -109,7 +109,10 @@ def grade(
     if not error >= 0:
         raise ValueError(f"error must be zero or more, got {error}")
     mixture = problem_named(problem)
-    x_T, truth = mixture.even_noise(num_samples, seed), mixture.sample_evenly(num_samples, seed + 1)  # (N, T_pred, D_act)
+    x_T, truth = (
+        mixture.even_noise(num_samples, seed),
+        mixture.sample_evenly(num_samples, seed + 1),
+    )  # (N, T_pred, D_act)
     process = copy.deepcopy(process)
     process.fit(truth.flatten(0, 1))  # as training does
     exact, num_calls = mixture.denoiser(process, error=error, seed=seed), 0
@@ -122,7 +125,9 @@ def grade(
     nothing = Condition(torch.zeros(num_samples, 0), torch.zeros(num_samples, 0, 0))
     start = time.perf_counter()
     with torch.no_grad():
-        chunks = sample(process, counted, x_T, nothing, sampler, torch.Generator().manual_seed(seed))  # (N, T_pred, D_act)
+        chunks = sample(
+            process, counted, x_T, nothing, sampler, torch.Generator().manual_seed(seed)
+        )  # (N, T_pred, D_act)
     seconds = time.perf_counter() - start
     floor, band = energy_floor(mixture, num_samples, seed)
     spoken = tuple(labels(process, sampler))
@@ -166,9 +171,7 @@ def grade_table(
     """
     grades = []
     for process, sampler in settings:
-        grades.append(
-            grade(process, sampler, problem=problem, num_samples=num_samples, seed=seed, error=error)
-        )
+        grades.append(grade(process, sampler, problem=problem, num_samples=num_samples, seed=seed, error=error))
         progress(len(grades), grades[-1])
     return grades
 

@@ -100,7 +100,10 @@ def test_posterior_mean_agrees_with_weighing_samples():
     mixture = random_mixture()
     x_0 = mixture.sample(400_000, torch.Generator().manual_seed(0))
     x_t = points(num=3)
-    for a, s in ((0.6, 0.8), (torch.tensor([[0.2, 0.5, 0.7]]).expand(3, 3), torch.tensor([[0.9, 0.8, 0.6]]).expand(3, 3))):
+    for a, s in (
+        (0.6, 0.8),
+        (torch.tensor([[0.2, 0.5, 0.7]]).expand(3, 3), torch.tensor([[0.9, 0.8, 0.6]]).expand(3, 3)),
+    ):
         exact = mixture.denoise(x_t, a, s)
         for i, x in enumerate(x_t):
             alpha, sigma = (torch.as_tensor(v)[..., None] if torch.is_tensor(v) else v for v in (a, s))

@@ -138,7 +138,9 @@ def test_ddim_shrinks_a_gaussian_by_the_product_of_its_steps():
     alpha, sigma = process.levels(times)
     scale = 1.0
     for i in range(6):
-        gain = alpha[i] * spread**2 / (alpha[i] ** 2 * spread**2 + sigma[i] ** 2)  # x_0 = mean + gain (x_t - alpha mean)
+        gain = (
+            alpha[i] * spread**2 / (alpha[i] ** 2 * spread**2 + sigma[i] ** 2)
+        )  # x_0 = mean + gain (x_t - alpha mean)
         scale *= float(alpha[i + 1] * gain + sigma[i + 1] / sigma[i] * (1 - alpha[i] * gain))
     got = grade(process, make_sampler(6), problem="one_gaussian")
     assert got.dispersion_ratio == pytest.approx(scale / spread, rel=0.01)
@@ -248,7 +250,10 @@ def test_grading_leaves_the_process_as_it_was():
     process = make_process(prediction_type="edm")
     before = {k: v.clone() for k, v in process.state_dict().items()}
     grade(process, make_sampler(4), num_samples=64)
-    assert all(torch.equal(before[k], v) or (before[k].isnan().all() and v.isnan().all()) for k, v in process.state_dict().items())
+    assert all(
+        torch.equal(before[k], v) or (before[k].isnan().all() and v.isnan().all())
+        for k, v in process.state_dict().items()
+    )
 
 
 def test_chunks_that_are_not_finite_are_the_worst_grade_and_said():
