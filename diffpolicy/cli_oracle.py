@@ -156,7 +156,7 @@ def combine(
     steps: Sequence[int],
     clip_sample: float | None,
 ) -> tuple[list[tuple[Process, SamplerConfig]], list[str]]:
-    """Every combination that can be sampled, and one line for each that cannot, or that equals an earlier one.
+    """Every combination that can be sampled, and a line for every reason why others cannot, or equal an earlier one.
 
     Args:
         asked: field of a process's config -> values; empty for the defaults. A process without the field is taken once.
@@ -164,13 +164,14 @@ def combine(
     """
     from diffpolicy.processes import PROCESSES, SamplerConfig, make_plan, resolve_sampler
 
-    settings, skipped, seen = [], [], {}
+    settings, seen = [], {}
+    skipped: dict[str, list[str]] = {}  # reason -> settings, so that a reason is said once
     for name in processes:
         config_class, process_class = PROCESSES[name]
         fields = {f.name for f in dataclasses.fields(config_class)}
-        skipped += [
-            f"{OPTIONS[key]} for {name}, which has no such choice" for key in asked if asked[key] and key not in fields
-        ]
+        for key in asked:
+            if asked[key] and key not in fields:
+                skipped.setdefault(f"{name} has no such choice", []).append(OPTIONS[key])
         choices = {key: asked[key] or DEFAULTS[key] for key in asked if key in fields}
         for values in itertools.product(*choices.values()):
             chosen = {key: value for key, value in zip(choices, values, strict=True) if value != ""}
@@ -179,8 +180,12 @@ def combine(
                 with warnings.catch_warnings(record=True):  # the labels of a grade say the same
                     process = process_class(config_class(**chosen))
             except ValueError as refusal:
-                skipped.append(f"{spoken}: {refusal}")
+                skipped.setdefault(str(refusal), []).append(spoken)
                 continue
+            if (name, process.config) in seen:
+                skipped.setdefault(f"the same as {seen[name, process.config]}", []).append(spoken)
+                continue
+            seen[name, process.config] = spoken
             names = samplers or DEFAULT_SAMPLERS.get(name, ("auto",))
             for sampler_name, spacing, num_steps in itertools.product(names, spacings, steps):
                 config = SamplerConfig(
@@ -189,16 +194,20 @@ def combine(
                 words = f"{spoken} {sampler_name} {spacing} {num_steps}"
                 try:
                     resolved = resolve_sampler(process, config)
-                    same = (name, process.config, resolved.name, make_plan(process, config))
+                    what = (name, process.config, resolved.name, make_plan(process, config))
                 except ValueError as refusal:
-                    skipped.append(f"{words}: {refusal}")
+                    skipped.setdefault(str(refusal), []).append(words)
                     continue
-                if same in seen:
-                    skipped.append(f"{words}: the same as {seen[same]}")
+                if what in seen:
+                    skipped.setdefault(f"the same as {seen[what]}", []).append(words)
                     continue
-                seen[same] = words
+                seen[what] = words
                 settings.append((process, resolved))
-    return settings, skipped
+    lines = [
+        f"{which[0]}{f' and {len(which) - 1} more' if len(which) > 1 else ''}: {reason}"
+        for reason, which in skipped.items()
+    ]
+    return settings, lines
 
 
 def _names(option: str, text: str | None, known: Iterable[str] | None) -> tuple[str, ...]:
@@ -300,12 +309,12 @@ def draw(grades: Sequence[Grade], path: Path) -> None:
     above.axhspan(low, high, color="0.88", zorder=0, label="a perfect sampler (95 %)")
     above.axhline(grades[0].energy_floor, color="0.6", linewidth=1, zorder=0)
     below.axhline(1, color="0.6", linewidth=1, zorder=0)
-    colours, markers = plt.get_cmap("tab10").colors, "osD^vP*X<>"
+    colours, markers = plt.get_cmap("tab10" if len(lines) <= 10 else "tab20").colors, "osD^vP*X<>"
     for i, (label, line) in enumerate(lines.items()):
         line = sorted(line, key=lambda g: g.nfe)
         calls = [g.nfe for g in line]
         style = dict(
-            color=colours[i % 10],
+            color=colours[i % len(colours)],
             marker=markers[(i + i // 10) % 10],
             markersize=5,
             linestyle="--" if any(g.labels for g in line) else "-",

@@ -58,6 +58,7 @@ class GaussianMixture:
         """(T_pred, D_act)."""
         self.weights = weights / weights.sum()  # (K,)
         self.means = means
+        self._elsewhere = {means.device: self}
         num, dim = len(weights), means[0].numel()
         if spread is not None:
             variances = self._expand_spread(_double(spread)).square()  # (K, d)
@@ -94,10 +95,12 @@ class GaussianMixture:
         return (self._axes * self._variances[:, None]) @ self._axes.mT
 
     def to(self, device: torch.device) -> GaussianMixture:
-        """The same mixture on another device."""
-        if self.means.device == device:
-            return self
-        return GaussianMixture(self.weights.to(device), self.means.to(device), covariance=self.covariance.to(device))
+        """The same mixture on another device; made once."""
+        if device not in self._elsewhere:
+            self._elsewhere[device] = GaussianMixture(
+                self.weights.to(device), self.means.to(device), covariance=self.covariance.to(device)
+            )
+        return self._elsewhere[device]
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Chunks (num_samples, T_pred, D_act), float64."""
