@@ -271,8 +271,13 @@ class RayWorkers:
             return Outcome(job, result, error, trace, seconds)
         except self._ray.exceptions.TaskCancelledError:
             return Outcome(job, None, "interrupted", "", seconds)
-        except self._ray.exceptions.RayError as error:  # the worker or its node died; ray's report has many lines
-            return Outcome(job, None, f"its worker died: {str(error).splitlines()[0]}", str(error), seconds)
+        except self._ray.exceptions.RayTaskError as error:  # what raises in a job is an Outcome: this is before it
+            last = str(error).strip().splitlines()[-1]
+            return Outcome(job, None, f"it could not begin on its node: {last}", str(error), seconds)
+        except self._ray.exceptions.RayError as error:
+            lines = str(error).strip().splitlines()
+            what = f"its worker died: {lines[0]}" if len(lines) == 1 else f"it could not begin on its node: {lines[-1]}"
+            return Outcome(job, None, what, str(error), seconds)
 
 
 def _attempt_remotely(run: Run, job: dict) -> tuple[Any, str | None, str]:
