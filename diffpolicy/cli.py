@@ -12,6 +12,7 @@ from diffpolicy import __version__
 from diffpolicy.cli_ablate import ablate
 from diffpolicy.cli_data import app as data_app
 from diffpolicy.cli_data import parse_episodes
+from diffpolicy.cli_oracle import oracle
 from diffpolicy.cli_schedules import schedules
 
 app = typer.Typer(
@@ -28,11 +29,14 @@ app = typer.Typer(
     [bold]Your data[/bold]     diffpolicy data info X.zarr · diffpolicy train conf/task/TASK.yaml --data X.zarr
     · diffpolicy rollout runs/TASK/NAME
 
+    [bold]Ablations[/bold]     diffpolicy schedules · diffpolicy oracle · diffpolicy ablate conf/ablation/noise_schedule.yaml
+
     Add --debug to any command for a full traceback.""",
 )
 app.add_typer(data_app, name="data")
 app.command()(ablate)
 app.command()(schedules)
+app.command()(oracle)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 
@@ -219,15 +223,29 @@ def rollout(
     ] = 100_000,
     sampling_seed: Annotated[int, typer.Option(help="Seed of the policy's noise.", min=0)] = 0,
     sampler: Annotated[
-        str | None, typer.Option(help="ddpm, ddim or euler; default: as trained.", show_default=False)
+        str | None,
+        typer.Option(
+            help="ddim, ddpm, euler, heun, midpoint, dpmpp, dpmpp_2m, dpmpp_sde, dpmpp_2m_sde, unipc or diffusers; default: as trained.",
+            show_default=False,
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Network calls per chunk; default: as trained.", show_default=False)
     ] = None,
     spacing: Annotated[
-        str | None, typer.Option(help="Steps visited: trailing, leading or linspace.", show_default=False)
+        str | None,
+        typer.Option(help="Times visited: trailing, leading, linspace, karras or exponential.", show_default=False),
     ] = None,
     clip: Annotated[str | None, typer.Option(help="Clip x_0 to +- this, or `none`.", show_default=False)] = None,
+    sampler_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sampler-option",
+            metavar="KEY=VALUE",
+            help="Further setting of the sampler, may be repeated: eta=1.0, temperature=0.5, final_sigma=sigma_min, timesteps=[99,60,20].",
+            show_default=False,
+        ),
+    ] = None,
     act: Annotated[
         int | None, typer.Option(help="Actions executed per chunk, T_act; default: as trained.", show_default=False)
     ] = None,
@@ -266,6 +284,8 @@ def rollout(
     diffpolicy rollout runs/pusht_keypoint/first --episodes 500 --seed 100000
 
     diffpolicy rollout runs/pusht_state/unet/checkpoints/step_010000 --sampler ddim --steps 10
+
+    diffpolicy rollout RUN --sampler diffusers --sampler-option scheduler=DEISMultistepScheduler
     """
     from diffpolicy import evaluate
 
@@ -280,6 +300,7 @@ def rollout(
         steps=steps,
         spacing=spacing,
         clip=clip,
+        sampler_options=sampler_option or [],
         act=act,
         num_envs=envs,
         num_workers=workers,

@@ -54,11 +54,11 @@ def schedules(
     """
     from rich.console import Console
 
-    from diffpolicy.plots import write_schedule_figure
     from diffpolicy.processes import SCHEDULES
     from diffpolicy.processes.description import BANDS, describe_schedule
     from diffpolicy.processes.diffusion import DiffusionConfig
     from diffpolicy.processes.schedules import TERMINAL_SNRS, TUNED_FOR_1000
+    from diffpolicy.schedule_plots import write_schedule_figure
     from diffpolicy.spec import unknown_name
 
     for name in names or []:

@@ -182,6 +182,24 @@ def choose(section: str, name: str, options: dict | Sequence[str] = ()) -> Choic
     return Choice(name, _build(FAMILIES[section][name][0], options, section, {}))
 
 
+def changed_sampler(sampler: SamplerConfig, options: Sequence[str]) -> SamplerConfig:
+    """The sampler's config with `key=value` texts applied, checked like a config file.
+
+    A new spacing or number of calls takes back an explicit list of times.
+
+    Raises:
+        ValueError: unknown key or a value of the wrong type, with the nearest right one.
+    """
+    given: dict = {}
+    for text in options:
+        if "=" not in text:
+            raise ValueError(f"an option of sampler must read key=value, got {text!r}")
+        _merge(given, _parsed(text))
+    if {"spacing", "num_inference_steps"} & set(given):
+        given.setdefault("timesteps", None)
+    return _build(SamplerConfig, _without_tuples(dataclasses.asdict(sampler)) | given, "sampler", {})
+
+
 def build_policy(config: Config, spec: DataSpec) -> DiffusionPolicy:
     """The policy that a config describes, for data of this spec; weights random, statistics missing."""
     encoder_class, denoiser_class, process_class = (

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from diffpolicy import __version__
 from diffpolicy.checkpoint import find_checkpoint, load_policy, read_description, resolve_device
-from diffpolicy.config import Choice, choose, config_from_dict
+from diffpolicy.config import Choice, changed_sampler, choose, config_from_dict
 from diffpolicy.envs import ENVIRONMENTS, make_env
 from diffpolicy.executors import EXECUTORS
 from diffpolicy.open_loop import OpenLoopResult, replay_open_loop
@@ -39,6 +39,7 @@ def evaluate(
     steps: int | None = None,
     spacing: str | None = None,
     clip: str | float | None = None,
+    sampler_options: Sequence[str] = (),
     act: int | None = None,
     num_envs: int = 16,
     num_workers: int | None = None,
@@ -51,7 +52,8 @@ def evaluate(
 ) -> tuple[RolloutResult, Path]:
     """Rolls a checkpoint out over `episodes` seeds from `seed` on; returns the result and the folder it was written to.
 
-    What is None stays as the checkpoint was trained. `clip` is a number, or "none" for no clipping.
+    What is None stays as the checkpoint was trained. `clip` is a number, or "none" for no clipping; sampler_options are
+    further settings of the sampler, each as `temperature=0.5`.
 
     Raises:
         ValueError, FileNotFoundError: a checkpoint, environment or option that does not fit, before anything runs.
@@ -65,11 +67,17 @@ def evaluate(
     choice = _choose_env(config.env, env, env_options)
     if policy.spec.image_keys and hasattr(choice.options, "pixels"):  # without its camera it could not act
         choice = Choice(choice.name, dataclasses.replace(choice.options, pixels=True))
-    change = {"name": sampler, "num_inference_steps": steps, "spacing": spacing, "clip_sample": _parse_clip(clip)}
-    change = {k: v for k, v in change.items() if v is not None}
-    if change.get("clip_sample") == float("inf"):
-        change["clip_sample"] = None
-    policy.use_sampler(dataclasses.replace(policy.sampler, **change))
+    options = [
+        f"{key}={value}"
+        for key, value in (
+            ("name", sampler),
+            ("num_inference_steps", steps),
+            ("spacing", spacing),
+            ("clip_sample", _parse_clip(clip)),
+        )
+        if value is not None
+    ]
+    policy.use_sampler(changed_sampler(policy.sampler, [*options, *sampler_options]))
     if act is not None:
         policy.horizons = dataclasses.replace(policy.horizons, act=act)
     batch_size = batch_size or (64 if device.startswith("cuda") else 16)
@@ -114,6 +122,7 @@ def evaluate(
             "seed": seed,
             "sampling_seed": sampling_seed,
             "sampler": dataclasses.asdict(policy.sampler),
+            "labels": [finding.label for finding in policy.findings()],
             "horizons": dataclasses.asdict(policy.horizons),
             "single_observation_latency_ms": alone,
             "device": torch.cuda.get_device_name()
@@ -191,6 +200,8 @@ def summary_table(result: RolloutResult, policy: DiffusionPolicy, env: Choice, a
     table = Table(
         title=f"{env.name}: {count}, {sampler.name} with {sampler.num_inference_steps} steps",
         title_justify="left",
+        caption="mind: " + "; ".join(finding.label for finding in policy.findings()) if policy.findings() else None,
+        caption_justify="left",
     )
     table.add_column("measure")
     table.add_column("value", justify="right")
@@ -226,12 +237,12 @@ def _choose_env(trained: Choice | None, name: str | None, options: Sequence[str]
     return Choice(name, dataclasses.replace(trained.options, **{k: getattr(given.options, k) for k in chosen}))
 
 
-def _parse_clip(clip: str | float | None) -> float | None:
-    """None: leave as trained; inf: no clipping."""
+def _parse_clip(clip: str | float | None) -> str | float | None:
+    """None: leave as trained; null: no clipping."""
     if clip is None or isinstance(clip, float):
         return clip
     if str(clip).lower() in ("none", "null", "off"):
-        return float("inf")
+        return "null"
     try:
         return float(clip)
     except ValueError:

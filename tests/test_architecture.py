@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"replay", "ablation_table"},
     {"importers", "rewriting", "windows", "validation", "open_loop", "ablation_plots"},
     {"encoders", "denoisers", "processes", "guidance"},
-    {"policies", "foreign", "mixture"},
+    {"policies", "foreign", "mixture", "schedule_plots"},
     {"executors"},
     {"rollout", "demos", "oracle", "ablation_report"},
     {"training"},
