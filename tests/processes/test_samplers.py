@@ -1,76 +1,40 @@
-"""Samplers: step by step what diffusers does where that is right, and exact answers where an exact denoiser exists."""
+"""What every sampler promises beside its answer: calls, times, noise, clipping, a start of one's own, clear refusals."""
 
-import warnings
+import itertools
 
 import pytest
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from diffpolicy.processes import (
     PROCESSES,
     SAMPLERS,
+    SPACINGS,
     SamplerConfig,
     draw_noise,
+    make_plan,
     noise_generators,
     resolve_sampler,
     sample,
     visited_steps,
 )
-from diffpolicy.processes.diffusion import Diffusion, DiffusionConfig
+from diffpolicy.processes.baselines import Mip, MipConfig, Regression, RegressionConfig
 from diffpolicy.processes.flow import Flow, FlowConfig
+from diffpolicy.processes.samplers import run_plan
+from tests.processes.exact import MEAN, diffusion, exact_denoise, noise_of
 
-OF_STEPS = ("trailing", "leading", "linspace")
-"""Spacings that visit whole training steps."""
 CPU = torch.device("cpu")
-DIFFUSION = Diffusion(DiffusionConfig())
-MEAN, SPREAD = 0.3, 0.2
-"""Of the data in the exact tests, normalised units."""
-SOLVERS = [(process, sampler) for process in ("diffusion", "flow") for sampler in PROCESSES[process][1].samplers]
+COSINE, FLOW = diffusion(), Flow(FlowConfig())
+PATHS = {"diffusion": COSINE, "flow": FLOW}
+SOLVERS = [(path, name) for path in PATHS for name in PROCESSES[path][1].samplers]
+OURS = [solver for solver in SOLVERS if solver[1] != "diffusers"]
+STOCHASTIC = [(path, name) for path, name in OURS if name in ("ddpm", "dpmpp_sde", "dpmpp_2m_sde")]
 
 
-def noise_of(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def wavy_noise(x_t, t, condition):
-    """Stands for a network that predicts noise: smooth, nonlinear, dependent on time."""
-    return torch.sin(3 * x_t) + t.view(-1, 1, 1) * x_t
-
-
-def wavy_denoise(x_t, t, condition):
-    """The same network in our currency."""
-    return DIFFUSION.to_x0(wavy_noise(x_t, t, condition), x_t, t)
-
-
-def exact_denoise(process, spread: float = SPREAD):
-    """E[x_0 | x_t] of data ~ Normal(MEAN, spread): what a perfect network would answer."""
-
-    def denoise(x_t, t, condition):
-        signal, sigma = (level.view(-1, 1, 1) for level in process.levels(t))
-        gain = spread**2 * signal / (spread**2 * signal**2 + sigma**2)
-        return MEAN + gain * (x_t - signal * MEAN)
-
-    return denoise
-
-
-def stock_ddim(spacing: str, num_steps: int, **choices) -> DDIMScheduler:
-    scheduler = DDIMScheduler(
-        num_train_timesteps=100, beta_schedule="squaredcos_cap_v2", timestep_spacing=spacing, **choices
-    )
-    scheduler.set_timesteps(num_steps)
-    return scheduler
-
-
-def run_stock(scheduler, network, x_T, **step_choices):
-    x_t = x_T
-    for k in scheduler.timesteps:
-        t = ((k + 1) / 100).expand(len(x_t))
-        x_t = scheduler.step(network(x_t, t, None), k, x_t, **step_choices).prev_sample
-    return x_t
-
-
-# --- which steps are visited ---
+# --- calls and times ---
 
 
 @pytest.mark.parametrize(
@@ -84,194 +48,104 @@ def run_stock(scheduler, network, x_T, **step_choices):
         (1, "leading", [0]),
         (2, "leading", [50, 0]),
         (3, "trailing", [99, 66, 32]),
+        (100, "trailing", list(range(99, -1, -1))),
+        (100, "linspace", list(range(99, -1, -1))),
+        (100, "leading", list(range(99, -1, -1))),
     ],
 )
 def test_visited_steps_are_literally_these(num_steps, spacing, steps):
     assert visited_steps(100, num_steps, spacing) == steps
-
-
-@pytest.mark.parametrize("spacing", OF_STEPS)
-def test_visited_steps_equal_those_of_diffusers(spacing):
-    for num_steps in (2, 3, 5, 7, 10, 16, 50, 99, 100):
-        scheduler = stock_ddim(spacing, num_steps)
-        assert visited_steps(100, num_steps, spacing) == scheduler.timesteps.tolist(), num_steps
-
-
-@pytest.mark.parametrize("spacing", OF_STEPS)
-def test_as_many_steps_as_were_trained_visit_each_once(spacing):
-    assert visited_steps(100, 100, spacing) == list(range(99, -1, -1))
-
-
-@pytest.mark.parametrize("name", ["ddim", "ddpm"])
-def test_more_steps_than_were_trained_are_refused(name):
-    config = SamplerConfig(name=name, num_inference_steps=101)
-    with pytest.raises(
-        ValueError, match=r"num_inference_steps must be in \[1, process.num_train_timesteps = 100\], got 101"
-    ):
-        sample(DIFFUSION, wavy_denoise, noise_of(0, 2, 4, 3), None, config)
-
-
-# --- agreement with diffusers ---
+    plan = make_plan(COSINE, SamplerConfig(name="ddim", num_inference_steps=num_steps, spacing=spacing))
+    assert plan.times == pytest.approx([(k + 1) / 100 for k in steps])
 
 
 @pytest.mark.parametrize(
-    ("spacing", "num_steps"), [("trailing", 1), ("trailing", 10), ("leading", 20), ("linspace", 100)]
+    ("spacing", "times"),
+    [
+        ("trailing", [1, 0.75, 0.5, 0.25]),
+        ("leading", [0.751, 0.501, 0.251, 0.001]),
+        ("linspace", [1, 0.667, 0.334, 0.001]),
+        ("exponential", [1, 0.1, 0.01, 0.001]),
+        ("karras", [1, 0.1936, 0.0226, 0.001]),
+    ],
 )
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_equals_diffusers_where_the_stride_is_constant(spacing, num_steps, eta):
-    x_T = noise_of(0, 5, 4, 3)
-    scheduler = stock_ddim(spacing, num_steps, prediction_type="sample", clip_sample=False)
-    generator = noise_generators(torch.Generator().manual_seed(1))
-    theirs = run_stock(scheduler, exact_denoise(DIFFUSION), x_T, eta=eta, generator=generator)
-    config = SamplerConfig(name="ddim", num_inference_steps=num_steps, spacing=spacing, clip_sample=None, eta=eta)
-    ours = sample(DIFFUSION, exact_denoise(DIFFUSION), x_T, None, config, torch.Generator().manual_seed(1))
-    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
+def test_times_of_flow_are_literally_these(spacing, times):
+    plan = make_plan(FLOW, SamplerConfig(num_inference_steps=4, spacing=spacing))
+    assert plan.times == pytest.approx(times, abs=1e-4)
 
 
-@pytest.mark.parametrize("num_steps", [5, 10, 100])
-def test_ddim_in_x0_equals_stock_stepping_in_epsilon_with_clipping(num_steps):
-    x_T = noise_of(0, 5, 4, 3)
-    scheduler = stock_ddim("trailing", num_steps, prediction_type="epsilon", clip_sample=True)
-    theirs = run_stock(scheduler, wavy_noise, x_T, use_clipped_model_output=True)
-    config = SamplerConfig(name="ddim", num_inference_steps=num_steps, clip_sample=1.0)
-    ours = sample(DIFFUSION, wavy_denoise, x_T, None, config)
-    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
+def test_shift_of_a_flow_moves_its_grid():
+    plan = make_plan(Flow(FlowConfig(shift=3.0)), SamplerConfig(num_inference_steps=4))
+    assert plan.times == pytest.approx([1, 0.9, 0.75, 0.5])  # 3 t / (1 + 2 t)
 
 
-@pytest.mark.parametrize(("spacing", "num_steps"), [("trailing", 100), ("trailing", 10), ("leading", 20)])
-@pytest.mark.parametrize("clip", [1.0, None])
-def test_ddpm_in_x0_equals_stock_stepping_in_epsilon(spacing, num_steps, clip):
-    network, denoise = wavy_noise, wavy_denoise
-    if clip is None:  # without clipping a wavy network diverges, so that agreement would mean nothing
-        denoise = exact_denoise(DIFFUSION)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("path", PATHS)
+def test_times_fall_strictly_within_zero_and_one(path, spacing):
+    for num_steps in (1, 2, 5, 50, 100):
+        times = make_plan(PATHS[path], SamplerConfig(num_inference_steps=num_steps, spacing=spacing)).times
+        assert len(times) == num_steps and 0 < times[-1] and times[0] <= 1
+        assert all(a > b for a, b in itertools.pairwise(times)), (num_steps, times)
 
-        def network(x_t, t, condition):
-            signal, sigma = DIFFUSION.signal_and_noise(t, x_t)
-            return (x_t - signal * denoise(x_t, t, condition)) / sigma
 
-    x_T = noise_of(0, 5, 4, 3)
-    scheduler = DDPMScheduler(
-        num_train_timesteps=100,
-        beta_schedule="squaredcos_cap_v2",
-        variance_type="fixed_small",
-        clip_sample=clip is not None,
-        timestep_spacing=spacing,
+@pytest.mark.parametrize(("path", "name"), SOLVERS)
+def test_num_inference_steps_is_the_number_of_calls(path, name):
+    process = PATHS[path]
+    for num_steps in range(1, 13):
+        config, asked = SamplerConfig(name=name, num_inference_steps=num_steps), []
+
+        def denoise(x_t, t, condition, asked=asked):
+            asked.append(t.unique().item())
+            return exact_denoise(process)(x_t, t, condition)
+
+        sample(process, denoise, noise_of(0, 2, 4, 3), None, config)
+        plan = make_plan(process, config)
+        assert len(asked) == plan.num_calls == num_steps
+        assert asked == pytest.approx(plan.times) and asked == sorted(asked, reverse=True) and asked[0] == 1
+
+
+@pytest.mark.parametrize(("name", "calls"), [("ddim", 3), ("dpmpp_2m", 3), ("unipc", 3), ("heun", 5)])
+def test_explicit_timesteps_are_visited_whatever_num_inference_steps_says(name, calls):
+    plan = make_plan(COSINE, SamplerConfig(name=name, timesteps=(99, 42, 7), num_inference_steps=50))
+    assert sorted(set(plan.times), reverse=True) == pytest.approx([1.0, 0.43, 0.08])
+    assert plan.num_calls == calls
+
+
+def test_explicit_timesteps_of_a_flow_are_times():
+    assert make_plan(FLOW, SamplerConfig(timesteps=(1.0, 0.3))).times == (1.0, 0.3)
+    assert make_plan(FLOW, SamplerConfig(name="midpoint", timesteps=(1.0, 0.4))).times == pytest.approx(
+        (1, 0.7, 0.4, 0.2)
     )
-    scheduler.set_timesteps(num_steps)
-    theirs = run_stock(scheduler, network, x_T, generator=noise_generators(torch.Generator().manual_seed(1)))
-    config = SamplerConfig(name="ddpm", num_inference_steps=num_steps, spacing=spacing, clip_sample=clip)
-    ours = sample(DIFFUSION, denoise, x_T, None, config, torch.Generator().manual_seed(1))
-    tolerance = 2e-5 if clip else 1e-4  # stock works in float32, and its first x_0 divides by a signal of 0.0005
-    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("num_steps", [3, 4, 7, 10, 16])
-@pytest.mark.parametrize("spacing", OF_STEPS)
-def test_what_ddim_hands_to_the_denoiser_has_the_noise_of_that_time(spacing, num_steps):
-    """diffusers takes every step to be T // N long, so that with linspace its chunk is noisier than the network is told."""
-    x_T, off = noise_of(0, 4, 1, 1), {"ours": [], "diffusers": []}
+@pytest.mark.parametrize(
+    ("process", "times", "message"),
+    [
+        (COSINE, (100, 3), r"sampler.timesteps must lie in \[0, 99\] \(T = 100\), got \[100, 3\]"),
+        (COSINE, (3, -1), r"sampler.timesteps must lie in \[0, 99\]"),
+        (FLOW, (1.5, 0.5), r"sampler.timesteps of a flow must lie in \(0, 1\], got \[1.5, 0.5\]"),
+        (FLOW, (0.5, 0.0), r"sampler.timesteps of a flow must lie in \(0, 1\]"),
+    ],
+)
+def test_explicit_timesteps_outside_the_process_are_refused(process, times, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(process, SamplerConfig(timesteps=times))
 
-    def watched(who):
-        def denoise(x_t, t, condition):
-            signal, sigma = DIFFUSION.signal_and_noise(t, x_t)
-            off[who].append((x_t - (signal * MEAN + sigma * x_T)).abs().max().item())
-            return torch.full_like(x_t, MEAN)  # all data lies here, so that the path of every noise is known
 
-        return denoise
+# --- what the loop does ---
 
-    start = visited_steps(100, num_steps, spacing)[0]
-    signal, sigma = DIFFUSION.signal_and_noise(torch.full((4,), (start + 1) / 100), x_T)
-    x_start = signal * MEAN + sigma * x_T
-    config = SamplerConfig(name="ddim", num_inference_steps=num_steps, spacing=spacing, clip_sample=None)
-    sample(DIFFUSION, watched("ours"), x_start, None, config)
-    run_stock(
-        stock_ddim(spacing, num_steps, prediction_type="sample", clip_sample=False), watched("diffusers"), x_start
+
+@pytest.mark.parametrize(("path", "name"), OURS)
+def test_sampling_never_waits_for_the_device(path, name):
+    """On tensors without numbers every read by the host raises, as it would block on a GPU."""
+    plan = make_plan(PATHS[path], SamplerConfig(name=name, num_inference_steps=4))
+    got = run_plan(
+        plan, lambda x_t, t, condition: x_t / (1 + t.view(-1, 1, 1)), torch.empty(2, 4, 3, device="meta"), None
     )
-    assert max(off["ours"]) < 1e-5
-    if spacing == "linspace":
-        assert max(off["diffusers"]) > 0.02
+    assert got.shape == (2, 4, 3) and got.device.type == "meta"
 
 
-def test_ddim_linspace_leaves_no_noise_in_a_narrow_mode_where_diffusers_does():
-    """Four steps. Narrower than the truth, as every few-step DDIM: noise left over can offset that, but not by design."""
-    narrow, x_T = 0.05, noise_of(0, 4000, 1, 1)
-    denoise = exact_denoise(DIFFUSION, spread=narrow)
-    stock = stock_ddim("linspace", 4, prediction_type="sample", clip_sample=False)
-    config = SamplerConfig(name="ddim", num_inference_steps=4, spacing="linspace", clip_sample=None)
-    assert run_stock(stock, denoise, x_T).std() > 3 * narrow
-    assert sample(DIFFUSION, denoise, x_T, None, config).std() < narrow
-
-
-# --- exact answers ---
-
-
-@pytest.mark.parametrize(("process", "sampler"), SOLVERS)
-def test_sampler_recovers_gaussian_mean_and_spread_with_the_exact_denoiser(process, sampler):
-    config_class, process_class = PROCESSES[process]
-    process = process_class(config_class())
-    config = SamplerConfig(name=sampler, num_inference_steps=100, clip_sample=None)
-    got = sample(
-        process, exact_denoise(process), noise_of(0, 20_000, 1, 1), None, config, torch.Generator().manual_seed(1)
-    )
-    assert got.mean().item() == pytest.approx(MEAN, abs=0.01)
-    # fixed_small, the smaller of DDPM's two variances, costs 8 % of the spread at T = 100 and 1 % at T = 1000
-    assert got.std().item() == pytest.approx(SPREAD, rel=0.1 if sampler in ("ddpm", "dpmpp_sde") else 0.05)
-
-
-def test_ddpm_spread_approaches_the_truth_with_more_steps():
-    process = Diffusion(DiffusionConfig(num_train_timesteps=1000))
-    config = SamplerConfig(name="ddpm", num_inference_steps=1000, clip_sample=None)
-    got = sample(
-        process, exact_denoise(process), noise_of(0, 20_000, 1, 1), None, config, torch.Generator().manual_seed(1)
-    )
-    assert got.std().item() == pytest.approx(SPREAD, rel=0.02)
-
-
-def test_ddim_with_eta_one_has_the_spread_of_ddpm():
-    x_T, spreads = noise_of(0, 20_000, 1, 1), {}
-    for name, eta in (("ddpm", 0.0), ("ddim", 1.0)):
-        config = SamplerConfig(name=name, num_inference_steps=50, clip_sample=None, eta=eta)
-        spreads[name] = sample(
-            DIFFUSION, exact_denoise(DIFFUSION), x_T, None, config, torch.Generator().manual_seed(1)
-        ).std()
-    torch.testing.assert_close(spreads["ddim"], spreads["ddpm"], atol=2e-3, rtol=0)
-
-
-def test_schedule_that_leaves_signal_misses_even_the_mean():
-    """What the warning of Diffusion is about: with 60 % of the signal left, pure noise is the wrong start."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        linear = Diffusion(DiffusionConfig(schedule="linear"))
-    config = SamplerConfig(name="ddim", num_inference_steps=100, clip_sample=None)
-    got = sample(linear, exact_denoise(linear), noise_of(0, 20_000, 1, 1), None, config)
-    assert abs(got.mean().item() - MEAN) > 0.03
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 10])
-@pytest.mark.parametrize(("process", "sampler"), SOLVERS)
-def test_every_step_asks_the_denoiser_once_from_noise_to_data(process, sampler, num_steps):
-    config_class, process_class = PROCESSES[process]
-    process, asked = process_class(config_class()), []
-
-    def denoise(x_t, t, condition):
-        asked.append(t.unique().item())
-        return exact_denoise(process)(x_t, t, condition)
-
-    sample(process, denoise, noise_of(0, 2, 4, 3), None, SamplerConfig(name=sampler, num_inference_steps=num_steps))
-    assert len(asked) == num_steps
-    assert asked[0] == 1 and asked == sorted(asked, reverse=True) and min(asked) > 0
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "euler"])
-def test_one_deterministic_step_is_the_conditional_mean(sampler):
-    process = Flow(FlowConfig()) if sampler == "euler" else DIFFUSION
-    x_T = noise_of(0, 50, 4, 3)
-    config = SamplerConfig(name=sampler, num_inference_steps=1, clip_sample=None)
-    expected = exact_denoise(process)(x_T, torch.ones(50), None)
-    torch.testing.assert_close(sample(process, exact_denoise(process), x_T, None, config), expected)
-
-
-def test_euler_visits_a_uniform_grid_and_lands_on_x0():
+def test_euler_visits_an_even_grid_and_lands_on_x0():
     seen = []
 
     def denoise(x_t, t, condition):
@@ -279,32 +153,66 @@ def test_euler_visits_a_uniform_grid_and_lands_on_x0():
         return torch.zeros_like(x_t) + (8.0 if len(seen) == 4 else 0.0)
 
     config = SamplerConfig(name="euler", num_inference_steps=4, clip_sample=None)
-    got = sample(Flow(FlowConfig()), denoise, torch.full((1, 1, 1), 4.0), None, config)
+    got = sample(FLOW, denoise, torch.full((1, 1, 1), 4.0), None, config)
     assert seen == [(1.0, 4.0), (0.75, 3.0), (0.5, 2.0), (0.25, 1.0)]
     assert got.item() == 8.0
 
 
-def test_euler_steps_along_the_velocity():
-    flow, x_t = Flow(FlowConfig()), noise_of(0, 3, 4, 2)
-    velocity = lambda x, t: torch.sin(x) - t.view(-1, 1, 1)
-    denoise = lambda x, t, condition: flow.to_x0(velocity(x, t), x, t)
-    config = SamplerConfig(name="euler", num_inference_steps=10, clip_sample=None)
-    got = sample(flow, denoise, x_t, None, config)
-    for i in range(10):
-        x_t = x_t - 0.1 * velocity(x_t, torch.full((3,), 1 - i / 10))
+def test_midpoint_steps_along_the_velocity_in_the_middle():
+    velocity = lambda x, t: torch.sin(x) - t
+    denoise = lambda x, t, condition: FLOW.to_x0(velocity(x, t.view(-1, 1, 1)), x, t)
+    x_t = noise_of(0, 3, 4, 2)
+    config = SamplerConfig(name="midpoint", num_inference_steps=6, clip_sample=None)
+    got = sample(FLOW, denoise, x_t, None, config)
+    for t in (1, 2 / 3, 1 / 3):
+        middle = x_t - velocity(x_t, t) / 6
+        x_t = x_t - velocity(middle, t - 1 / 6) / 3
     torch.testing.assert_close(got, x_t, atol=1e-5, rtol=0)
 
 
-# --- noise, clipping, choices ---
+def test_heun_on_a_flow_averages_the_velocities_at_both_ends():
+    velocity = lambda x, t: torch.sin(x) - t
+    denoise = lambda x, t, condition: FLOW.to_x0(velocity(x, t.view(-1, 1, 1)), x, t)
+    x_t = noise_of(0, 3, 4, 2)
+    got = sample(FLOW, denoise, x_t, None, SamplerConfig(name="heun", num_inference_steps=5, clip_sample=None))
+    for t in (1, 2 / 3):
+        first = velocity(x_t, t)
+        x_t = x_t - (first + velocity(x_t - first / 3, t - 1 / 3)) / 6
+    x_t = x_t - velocity(x_t, 1 / 3) / 3
+    torch.testing.assert_close(got, x_t, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("euler", 0.0)])
-def test_sample_of_a_batch_does_not_depend_on_its_neighbours(sampler, eta):
-    process = Flow(FlowConfig()) if sampler == "euler" else DIFFUSION
-    config = SamplerConfig(name=sampler, eta=eta)
+@pytest.mark.parametrize(("path", "name"), SOLVERS)
+def test_clipping_is_what_the_config_says_and_nothing_else(path, name):
+    far, x_T = lambda x_t, t, condition: torch.full_like(x_t, 7.0), noise_of(0, 2, 4, 3)
+    for limit, largest in ((0.5, 0.5), (3.0, 3.0), (None, 7.0)):
+        got = sample(PATHS[path], far, x_T, None, SamplerConfig(name=name, clip_sample=limit))
+        torch.testing.assert_close(got, torch.full_like(got, largest), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("path", "name"), SOLVERS)
+def test_temperature_zero_starts_from_zeros(path, name):
+    seen = []
+
+    def denoise(x_t, t, condition):
+        seen.append(x_t)
+        return x_t
+
+    config = SamplerConfig(name=name, temperature=0.0, scheduler="DDIMScheduler")
+    sample(PATHS[path], denoise, noise_of(0, 2, 4, 3), None, config)
+    assert not seen[0].any()
+
+
+# --- noise ---
+
+
+@pytest.mark.parametrize(("path", "name"), SOLVERS)
+def test_sample_of_a_batch_does_not_depend_on_its_neighbours(path, name):
+    process = PATHS[path]
+    config = SamplerConfig(name=name, eta=1.0 if name == "ddim" else 0.0, scheduler="DDPMScheduler")
 
     def chunks(*seeds: int) -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = seeded(*seeds)
         x_T = draw_noise((len(seeds), 4, 3), CPU, generators)
         return sample(process, exact_denoise(process), x_T, None, config, generators)
 
@@ -312,6 +220,26 @@ def test_sample_of_a_batch_does_not_depend_on_its_neighbours(sampler, eta):
     assert torch.equal(together[1], chunks(6)[0])
     assert torch.equal(together.flip(0), chunks(7, 6, 5))
     assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize(("path", "name"), SOLVERS)
+def test_sampling_leaves_the_generators_untouched(path, name):
+    """So that an episode's next chunk starts from the same noise whatever sampled this one, in however many steps."""
+    generators = seeded(1, 2)
+    before = [g.get_state() for g in generators]
+    config = SamplerConfig(name=name, eta=1.0 if name == "ddim" else 0.0, scheduler="DDPMScheduler")
+    sample(PATHS[path], exact_denoise(PATHS[path]), noise_of(0, 2, 4, 3), None, config, generators)
+    assert all(torch.equal(a, g.get_state()) for a, g in zip(before, generators, strict=True))
+
+
+@pytest.mark.parametrize(("path", "name"), STOCHASTIC)
+def test_noise_on_the_way_follows_the_generator_and_is_not_the_initial_noise_again(path, name):
+    process, config = PATHS[path], SamplerConfig(name=name)
+    x_T = noise_of(1, 2, 4, 3)
+    chunk = lambda seed: sample(process, exact_denoise(process), x_T, None, config, torch.Generator().manual_seed(seed))
+    assert torch.equal(chunk(1), chunk(1)) and not torch.equal(chunk(1), chunk(2))
+    fresh = draw_noise((2, 4, 3), CPU, noise_generators(torch.Generator().manual_seed(1)))
+    assert (fresh - x_T).abs().min() > 1e-3
 
 
 def test_noise_of_one_generator_is_that_of_torch():
@@ -324,38 +252,81 @@ def test_wrong_number_of_generators_is_refused():
         draw_noise((3, 4), CPU, [torch.Generator(), torch.Generator()])
 
 
-@pytest.mark.parametrize(("process", "sampler"), SOLVERS)
-def test_clipping_is_what_the_config_says_and_nothing_else(process, sampler):
-    config_class, process_class = PROCESSES[process]
-    process = process_class(config_class())
-    far = lambda x_t, t, condition: torch.full_like(x_t, 7.0)
-    x_T = noise_of(0, 2, 4, 3)
-    for limit, largest in ((0.5, 0.5), (3.0, 3.0), (None, 7.0)):
-        got = sample(process, far, x_T, None, SamplerConfig(name=sampler, clip_sample=limit))
-        torch.testing.assert_close(got, torch.full_like(got, largest), atol=1e-5, rtol=0)
+# --- a start of one's own ---
+
+
+@pytest.mark.parametrize(("path", "name"), [("diffusion", "ddim"), ("diffusion", "dpmpp"), ("flow", "euler")])
+@pytest.mark.parametrize("shape", [(3,), (3, 4)])
+def test_start_one_everywhere_is_the_plain_sampler(path, name, shape):
+    process, x_T = PATHS[path], noise_of(0, 3, 4, 2)
+    config = SamplerConfig(name=name, num_inference_steps=5)
+    plain = sample(process, exact_denoise(process), x_T, None, config)
+    got = sample(process, exact_denoise(process), x_T, None, config, start=torch.ones(shape))
+    torch.testing.assert_close(got, plain, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("path", "name"), [("diffusion", "ddim"), ("flow", "euler")])
+def test_given_action_stays_to_the_bit_and_its_neighbours_are_sampled_as_ever(path, name):
+    process, x_T = PATHS[path], noise_of(0, 3, 4, 2)
+    start = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(3, 4)  # a committed prefix of two actions
+    config = SamplerConfig(name=name, num_inference_steps=5)
+    seen = []
+
+    def denoise(x_t, t, condition):
+        seen.append(t)
+        return exact_denoise(process)(x_t, t, condition)
+
+    got = sample(process, denoise, x_T, None, config, start=start)
+    plain = sample(process, exact_denoise(process), x_T, None, config)
+    assert torch.equal(got[:, :2], x_T[:, :2])
+    torch.testing.assert_close(got[:, 2:], plain[:, 2:], atol=2e-6, rtol=0)
+    assert all(t.shape == (3, 4) and not t[:, :2].any() for t in seen) and (seen[0][:, 2:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("process", "choices", "start", "message"),
+    [
+        (COSINE, {"name": "ddpm"}, torch.ones(3), "a start time needs a deterministic first-order sampler .* got ddpm"),
+        (COSINE, {"name": "ddim", "eta": 0.5}, torch.ones(3), "a start time needs a deterministic"),
+        (FLOW, {"name": "heun"}, torch.ones(3), "a start time needs a deterministic"),
+        (COSINE, {}, torch.ones(2), r"start must be times in \[0, 1\] of shape \(B,\) or \(B, T_pred\), got \(2,\)"),
+        (COSINE, {}, torch.ones(3, 4, 2), r"start must be times in \[0, 1\]"),
+        (COSINE, {}, torch.full((3,), 1.5), r"start must be times in \[0, 1\]"),
+    ],
+)
+def test_start_that_cannot_be_is_refused(process, choices, start, message):
+    with pytest.raises(ValueError, match=message):
+        sample(process, exact_denoise(process), noise_of(0, 3, 4, 2), None, SamplerConfig(**choices), start=start)
+
+
+# --- choices ---
 
 
 def test_auto_takes_the_first_sampler_of_the_process():
-    assert resolve_sampler(DIFFUSION, SamplerConfig()).name == "ddim"
-    assert resolve_sampler(Flow(FlowConfig()), SamplerConfig()).name == "euler"
+    assert resolve_sampler(COSINE, SamplerConfig()).name == "ddim"
+    assert resolve_sampler(FLOW, SamplerConfig()).name == "euler"
+
+
+def test_resolved_config_says_how_many_calls_a_fixed_plan_makes():
+    assert resolve_sampler(Regression(RegressionConfig()), SamplerConfig()).num_inference_steps == 1
+    assert resolve_sampler(Mip(MipConfig()), SamplerConfig()).num_inference_steps == 2
+    assert resolve_sampler(COSINE, SamplerConfig(timesteps=(99, 42, 7))).num_inference_steps == 3
+    assert resolve_sampler(COSINE, SamplerConfig(num_inference_steps=7)).num_inference_steps == 7
 
 
 def test_more_steps_than_were_trained_are_refused_when_the_sampler_is_chosen():
-    with pytest.raises(ValueError, match=r"num_inference_steps must be in \[1, process.num_train_timesteps = 50\], got 60"):
-        resolve_sampler(Diffusion(DiffusionConfig(num_train_timesteps=50)), SamplerConfig(num_inference_steps=60))
+    with pytest.raises(
+        ValueError, match=r"num_inference_steps must be in \[1, process.num_train_timesteps = 50\], got 60"
+    ):
+        resolve_sampler(diffusion(num_train_timesteps=50), SamplerConfig(num_inference_steps=60))
 
 
-@pytest.mark.parametrize(("process", "wrong"), [(Flow(FlowConfig()), "direct"), (DIFFUSION, "midpoint")])
+@pytest.mark.parametrize(("process", "wrong"), [(FLOW, "direct"), (COSINE, "midpoint"), (FLOW, "diffusers")])
 def test_sampler_of_another_process_is_refused_with_those_that_fit(process, wrong):
     with pytest.raises(
         ValueError, match=rf"sampler.name={wrong} cannot sample process '(flow|diffusion)'; it takes one of \["
     ):
         resolve_sampler(process, SamplerConfig(name=wrong))
-
-
-def test_clipping_to_no_number_is_refused():
-    with pytest.raises(ValueError, match=r"sampler.clip_sample must be positive or null, got nan"):
-        SamplerConfig(clip_sample=float("nan"))
 
 
 def test_every_sampler_solves_some_process():
@@ -367,11 +338,27 @@ def test_every_sampler_solves_some_process():
     [
         ({"name": "dddim"}, "sampler.name must be one of .* Did you mean 'ddim'"),
         ({"spacing": "trail"}, "sampler.spacing must be one of .* Did you mean 'trailing'"),
+        ({"final_sigma": "sigma_mi"}, "sampler.final_sigma must be one of .* Did you mean 'sigma_min'"),
         ({"num_inference_steps": 0}, "sampler.num_inference_steps must be at least 1, got 0"),
         ({"clip_sample": 0.0}, "sampler.clip_sample must be positive or null, got 0.0"),
+        ({"clip_sample": float("nan")}, "sampler.clip_sample must be positive or null, got nan"),
         ({"eta": 1.5}, r"sampler.eta must be in \[0, 1\], got 1.5"),
+        ({"temperature": -1.0}, "sampler.temperature must not be negative, got -1.0"),
+        ({"timesteps": ()}, r"sampler.timesteps must be a falling list of times, got \[\]"),
+        ({"timesteps": (1, 2)}, r"sampler.timesteps must be a falling list of times, got \[1, 2\]"),
+        ({"timesteps": (float("nan"),)}, r"sampler.timesteps must be a falling list of times, got \[nan\]"),
     ],
 )
 def test_choice_that_cannot_be_is_refused(choices, message):
     with pytest.raises(ValueError, match=message):
         SamplerConfig(**choices)
+
+
+def test_mixed_starts_agree_with_the_mean_of_certain_data():
+    """All data lies at MEAN, so every start, given or noisy, ends there unless it was given elsewhere."""
+    x_start = noise_of(0, 2, 4, 1)
+    start = torch.tensor([[0.0, 0.2, 0.6, 1.0], [1.0, 1.0, 0.0, 0.5]])
+    certain = lambda x_t, t, condition: torch.full_like(x_t, MEAN)
+    got = sample(COSINE, certain, x_start, None, SamplerConfig(name="ddim"), start=start)
+    expected = torch.where(start[..., None] == 0, x_start, torch.full_like(x_start, MEAN))
+    torch.testing.assert_close(got, expected)
