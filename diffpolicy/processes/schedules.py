@@ -96,7 +96,7 @@ def chen_sigmoid_alpha_bar(
     Args and returns as cosine_alpha_bar.
     """
     t = t.double()
-    high, low = (torch.sigmoid(torch.tensor(edge / tau, dtype=torch.float64)).item() for edge in (end, start))
+    high, low = (1 / (1 + math.exp(-edge / tau)) for edge in (end, start))
     return ((high - torch.sigmoid((t * (end - start) + start) / tau)) / (high - low)).clamp(0, 1)
 
 

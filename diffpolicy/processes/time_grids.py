@@ -27,7 +27,7 @@ def visited_steps(num_train_timesteps: int, num_inference_steps: int, spacing: s
     if spacing == "trailing":
         return [round(T - i * T / N) - 1 for i in range(N)]
     if spacing == "linspace":
-        return [round(float(k)) for k in torch.linspace(T - 1, 0, N, dtype=torch.float64)]
+        return [round(float(k)) for k in _ramp(T - 1, 0, N)]
     return [i * (T // N) for i in reversed(range(N))]
 
 
@@ -41,7 +41,7 @@ def trailing(process: Diffusion | Flow, num: int) -> list[float]:
 def linspace(process: Diffusion | Flow, num: int) -> list[float]:
     """Even times from pure noise to the least noise that was trained; the last call is spent there."""
     if isinstance(process, Flow):
-        return torch.linspace(1, process.smallest_time, num, dtype=torch.float64).tolist()
+        return _ramp(1, process.smallest_time, num).tolist()
     return _of_steps(process, visited_steps(process.num_train_timesteps, num, "linspace"))
 
 
@@ -65,18 +65,23 @@ def exponential(process: Diffusion | Flow, num: int) -> list[float]:
 def _of_sigma_ramp(process: Diffusion | Flow, num: int, bend: Callable, unbend: Callable) -> list[float]:
     """Even in bend(sigma); sigma is noise over signal for diffusion and t itself for flow, where that ratio has no end."""
     if isinstance(process, Flow):
-        ends = torch.tensor([1.0, process.smallest_time], dtype=torch.float64)
-        return unbend(torch.linspace(*bend(ends).tolist(), num, dtype=torch.float64)).tolist()
+        ends = torch.tensor([1.0, process.smallest_time], dtype=torch.float64, device="cpu")
+        return unbend(_ramp(*bend(ends).tolist(), num)).tolist()
     if process.terminal_signal == 0:
         raise ValueError(
             "sampler.spacing=karras and exponential need a largest sigma, but zero terminal SNR has none; use "
             "trailing, or process.terminal_snr=as_is or scaled"
         )
     T = process.num_train_timesteps
-    alpha, sigma = process.levels(torch.tensor([1, 1 / T], dtype=torch.float64))
-    ramp = unbend(torch.linspace(*bend(sigma / alpha).tolist(), num, dtype=torch.float64))
+    alpha, sigma = process.levels(torch.tensor([1, 1 / T], dtype=torch.float64, device="cpu"))
+    ramp = unbend(_ramp(*bend(sigma / alpha).tolist(), num))
     times = process.time_of_sigma(ramp).tolist()
     return [1.0, *times[1:]]
+
+
+def _ramp(first: float, last: float, num: int) -> torch.Tensor:
+    """Even numbers (num,), float64, on the CPU even where a policy is built without memory (torch.device("meta"))."""
+    return torch.linspace(first, last, num, dtype=torch.float64, device="cpu")
 
 
 def _of_steps(process: Diffusion, steps: Sequence[float]) -> list[float]:

@@ -88,6 +88,15 @@ def test_times_fall_strictly_within_zero_and_one(path, spacing):
         assert all(a > b for a, b in itertools.pairwise(times)), (num_steps, times)
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("path", "name"), OURS)
+def test_plan_is_the_same_where_a_policy_is_built_without_memory(path, name, spacing):
+    config = SamplerConfig(name=name, spacing=spacing)
+    expected = make_plan(PATHS[path], config)
+    with torch.device("meta"):
+        assert make_plan(PATHS[path], config) == expected
+
+
 @pytest.mark.parametrize(("path", "name"), SOLVERS)
 def test_num_inference_steps_is_the_number_of_calls(path, name):
     process = PATHS[path]
