@@ -13,32 +13,30 @@ runs/ablations/<name>/
 
 from __future__ import annotations
 
-import json
-import os
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from diffpolicy.ablation_cells import AblationResult
-from diffpolicy.ablation_jobs import is_trained, run_job, write_json
+from diffpolicy.ablation_folder import check_folder, claim, collect, read_sweep_file, sole_user_of
+from diffpolicy.ablation_jobs import is_trained, run_job
 from diffpolicy.ablation_plan import (
     SMOKE,
     DataMissingError,
     Plan,
     Run,
     collect_results,
-    collected_store,
     plan_sweep,
     read_cell,
     read_grade,
+    read_plan,
 )
 from diffpolicy.checkpoint import resolve_device
 from diffpolicy.progress import progress_bar
-from diffpolicy.quickstart import collect_demonstrations
-from diffpolicy.sweep import SweepConfig, cells_of, content_hash, identity
+from diffpolicy.sweep import SweepConfig, cells_of, identity
 from diffpolicy.workers import Here, LocalWorkers, Outcome, RayWorkers
 
 
@@ -64,10 +62,11 @@ def ablate(
         KeyboardInterrupt: asked to stop; finished cells are kept and trainings saved.
     """
     console, out, device = console or Console(), Path(out).absolute(), resolve_device(device)
-    with _sole_user_of(out):
-        claim(sweep, out, extend=extend)
+    with sole_user_of(out):
+        check_folder(sweep, out, extend=extend)
         collect(sweep, out, console)
         plan = plan_sweep(sweep, out)
+        claim(plan, extend=extend)
         queue = _Queue(plan, device)
         console.print(opening(plan, queue), soft_wrap=True)
         if queue.num_open:
@@ -85,7 +84,13 @@ def report(sweep: SweepConfig, out: str | Path, failures: dict[str, str] | None 
     from diffpolicy.ablation_report import write_report
 
     out = Path(out).absolute()
-    result = collect_results(plan_sweep(sweep, out), failures)
+    recorded = read_sweep_file(out)
+    if recorded is not None and recorded.get("sweep") == identity(sweep) and "plan" in recorded:
+        plan = read_plan(recorded["plan"], out)
+        plan = dataclasses.replace(plan, sweep=dataclasses.replace(plan.sweep, question=sweep.question))
+    else:
+        plan = plan_sweep(sweep, out)
+    result = collect_results(plan, failures)
     if result is None:
         raise FileNotFoundError(f"{out} holds no finished cell of sweep {sweep.name} to report")
     return write_report(result, out)
@@ -102,6 +107,11 @@ def opening(plan: Plan, queue: _Queue) -> str:
         f"{queue.count('train')} networks to train and {queue.count('rollout')} rollouts to do, "
         f"{len(plan.runs) - queue.count('rollout')} are done; results in {plan.out}"
     )
+    if num_strange := len(list((plan.out / "cells").glob("*.json"))) - len(_files_of(plan)):
+        lines.append(
+            f"{num_strange} finished cells here belong to none of these (other settings, or another version of "
+            "diffpolicy); they are left alone"
+        )
     lines += [f"{label} means the same as {first}: done once" for label, first in plan.duplicates.items()]
     if sweep.expected_time and queue.num_open:
         lines.append(f"expected time from the start: {sweep.expected_time}")
@@ -323,64 +333,7 @@ def dry_run(sweep: SweepConfig, out: str | Path) -> str:
     return opening(plan, queue) + "\n" + "\n".join(lines)
 
 
-# The results folder --------------------------------------------------------------------------------------------------
-
-
-def collect(sweep: SweepConfig, out: Path, console: Console) -> None:
-    """Records the sweep's own demonstrations, once; an interrupted recording goes on."""
-    if sweep.collect is None or collected_store(out).exists():
-        return
-    partial = out / ".demonstrations.partial.zarr"
-    wanted = sweep.collect
-    options = {"pixels": False, **wanted.get("options", {})}
-    collect_demonstrations(
-        wanted["env"],
-        out=partial,
-        episodes=wanted["episodes"],
-        seed=wanted.get("seed", 0),
-        options=options,
-        console=console,
-    )
-    partial.rename(collected_store(out))
-
-
-def claim(sweep: SweepConfig, out: Path, *, extend: bool) -> None:
-    """Makes the results folder this sweep's.
-
-    Raises:
-        ValueError: it is another sweep's, naming what differs.
-    """
-    file, mine = out / "sweep.json", identity(sweep)
-    if file.exists():
-        try:
-            theirs = json.loads(file.read_text())["sweep"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error}); choose another --out, or remove it") from error
-        differing = [key for key in mine if theirs.get(key) != mine[key]]
-        if differing and not extend:
-            raise ValueError(
-                f"{out} holds another sweep: {', '.join(differing)} differ; choose another --out, or --extend this one "
-                "(finished cells are kept)"
-            )
-    elif out.exists() and any(p.name != "demonstrations.zarr" and not p.name.startswith(".") for p in out.iterdir()):
-        raise ValueError(f"{out} exists and holds no sweep; choose another --out")
-    write_json(file, {"sweep": mine, "hash": content_hash(mine), "file": sweep.to_dict()})
-
-
-@contextmanager
-def _sole_user_of(out: Path) -> Iterator[None]:
-    """Two processes in one results folder would do everything twice; the lock ends with its process."""
-    import fcntl  # POSIX only
-
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another `diffpolicy ablate` is at work in {out}; wait for it, or choose another --out"
-            ) from None
-        yield
-    finally:
-        os.close(folder)
+def _files_of(plan: Plan) -> set[Path]:
+    """The files in cells/ that are this plan's and are there."""
+    files = {plan.file(run) for run in plan.runs} | {plan.oracle_file(run) for run in plan.runs}
+    return {file for file in files if file.exists()}

@@ -49,12 +49,13 @@ class Run:
 
     cell: Cell
     seed: int
-    training: Config
-    config: Config
-    """How the network is used: sampler, horizons.act, env."""
     train_hash: str
     hash: str
     oracle_hash: str
+    training: Config | None = None
+    """How the network is trained; None in a plan that was read back to be reported, not run."""
+    config: Config | None = None
+    """How it is used: sampler, horizons.act, env."""
 
     @property
     def label(self) -> str:
@@ -86,6 +87,29 @@ class Plan:
 
     def oracle_file(self, run: Run) -> Path:
         return self.out / "cells" / f"oracle_{run.oracle_hash}.json"
+
+    def to_dict(self) -> dict:
+        """What a report needs to find every result, as plain data."""
+        hashes = ("train_hash", "hash", "oracle_hash")
+        return {
+            "sweep": self.sweep.to_dict(),
+            "cells": [{"label": cell.label, "axes": cell.axes} for cell in self.cells],
+            "runs": [
+                {"cell": run.cell.label, "seed": run.seed} | {name: getattr(run, name) for name in hashes}
+                for run in self.runs
+            ],
+            "duplicates": self.duplicates,
+            "baseline": self.baseline,
+            "data": self.data,
+        }
+
+
+def read_plan(plain: dict, out: Path) -> Plan:
+    """The plan that Plan.to_dict wrote: results are found by it even where a later version would hash a cell otherwise."""
+    sweep = SweepConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain["sweep"].items()})
+    cells = {c["label"]: Cell(label=c["label"], axes=c["axes"], set={}) for c in plain["cells"]}
+    runs = tuple(Run(**{**run, "cell": cells[run["cell"]]}) for run in plain["runs"])
+    return Plan(sweep, out, tuple(cells.values()), runs, plain["duplicates"], plain["baseline"], plain["data"])
 
 
 class DataMissingError(FileNotFoundError):
@@ -208,11 +232,11 @@ def _resolve(sweep: SweepConfig, cell: Cell, bench: _Bench) -> list[Run]:
         Run(
             cell,
             seed,
-            dataclasses.replace(training, seed=seed),
-            dataclasses.replace(config, seed=seed),
             content_hash([trained, seed]),
             content_hash([trained, seed, used]),
             oracle_hash,
+            dataclasses.replace(training, seed=seed),
+            dataclasses.replace(config, seed=seed),
         )
         for seed in sweep.seeds
     ]

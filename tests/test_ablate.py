@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from diffpolicy import train as trainer
-from diffpolicy.ablate import ablate, dry_run
+from diffpolicy.ablate import _Clock, _Queue, ablate, dry_run, report
 from diffpolicy.ablation_jobs import run_train
 from diffpolicy.ablation_plan import DataMissingError, collect_results, plan_sweep
 from diffpolicy.checkpoint import find_checkpoint, list_checkpoints
@@ -210,6 +210,20 @@ def test_the_folder_of_another_sweep_is_refused_unless_extended(finished, store,
     assert len(result.cells) == 6 and before.items() < after.items() and len(after) - len(before) == 2
 
 
+def test_other_demonstrations_are_another_sweep(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "out")
+    collect_demonstrations("tabletop", out=tmp_path / "t.zarr", episodes=7, options={"pixels": False})
+    with pytest.raises(ValueError, match=r"holds results of other demonstrations.*--extend"):
+        ablate(sweep(tmp_path / "t.zarr"), tmp_path / "out")
+
+
+def test_a_report_needs_neither_the_demonstrations_nor_hashes_of_this_version(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[1], tmp_path / "out")
+    monkeypatch.setattr("diffpolicy.ablation_plan.content_hash", lambda plain: "another")
+    page = report(sweep("gone.zarr", question="Why?"), tmp_path / "out").read_text()
+    assert "Why?" in page and all(cell.label in page for cell in finished[0].cells)
+
+
 def test_a_folder_that_holds_something_else_is_refused(store, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="exists and holds no sweep; choose another --out"):
@@ -291,6 +305,21 @@ def test_dry_run_lists_cells_and_writes_nothing(finished, store, tmp_path):
     assert "0 networks to train and 0 rollouts to do, 4 are done" in dry_run(sweep(store), finished[1])
     missing = dry_run(sweep("nowhere.zarr"), tmp_path / "out")
     assert all(cell.label in missing for cell in cells_of(sweep(store))) and "nowhere.zarr" in missing
+
+
+def test_time_left_follows_from_finished_jobs_of_each_kind(store, tmp_path):
+    plan = plan_sweep(sweep(store), tmp_path)
+    queue = _Queue(plan, "cpu")
+    clock = _Clock(queue, Here(None))
+    training = queue.next()
+    assert clock.shown([training]) == "1 train; time left unknown yet"
+    clock.ended(Outcome(training, {}, seconds=80.0))  # 8 steps
+    queue.done(Outcome(training, {}))
+    assert clock.seconds_left([]) is None  # no rollout has ended yet
+    rollout = queue.next()
+    clock.ended(Outcome(rollout, {}, seconds=5.0))
+    assert clock.seconds_left([]) == 80 + 3 * 5  # one more training of as many steps, three more rollouts
+    assert clock.shown([]) == "idle; about 2 min left"
 
 
 KILLED = """

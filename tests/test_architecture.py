@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
     {"train", "bench", "evaluate"},
     {"quickstart", "cli_data", "cli_oracle", "cli_schedules", "workers", "ablation_jobs"},
     {"ablation_plan"},
+    {"ablation_folder"},
     {"ablate"},
     {"cli_ablate"},
     {"cli"},
