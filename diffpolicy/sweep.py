@@ -250,17 +250,15 @@ def training_config(sweep: SweepConfig, cell: Cell, seed: int) -> Config:
     """The configuration that a cell's network is trained with.
 
     Training windows run up to horizons.act - 1 steps past an episode's end. Where horizons.act is an axis, its cells
-    share one network, trained with the horizons.act of `base` (or the cell's own, where that does not fit).
+    share one network, trained with the horizons.act of `base`, or the largest that fits a shorter prediction.
     """
     config = cell_config(sweep, cell, seed)
     if "horizons.act" not in cell.set:
         return config
-    rest = {key: value for key, value in cell.set.items() if key != "horizons.act"}
-    try:
-        act = cell_config(sweep, dataclasses.replace(cell, set=rest), seed).horizons.act
-        return dataclasses.replace(config, horizons=dataclasses.replace(config.horizons, act=act))
-    except ValueError:
-        return config
+    elsewhere = {key: value for key, value in cell.set.items() if not key.startswith("horizons.")}
+    base = cell_config(sweep, dataclasses.replace(cell, set=elsewhere), seed).horizons
+    act = min(base.act, config.horizons.pred - config.horizons.past)
+    return dataclasses.replace(config, horizons=dataclasses.replace(config.horizons, act=act))
 
 
 def training_part(config: Config, fingerprint: str) -> dict:
