@@ -199,9 +199,9 @@ def test_shift_on_the_straight_path_is_the_time_shift_of_stable_diffusion_3(shif
 
 @pytest.mark.parametrize("shift", [0.0, -1.0, float("nan"), float("inf")])
 def test_shift_that_is_no_factor_is_refused(shift):
-    with pytest.raises(ValueError, match="process.shift must be positive, got"):
+    with pytest.raises(ValueError, match=r"process.shift must be positive, got"):
         shift_alpha_bar(FRACTIONS, shift)
-    with pytest.raises(ValueError, match="process.shift must be positive, got"):
+    with pytest.raises(ValueError, match=r"process.shift must be positive, got"):
         DiffusionConfig(shift=shift)
 
 
