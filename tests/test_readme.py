@@ -16,6 +16,8 @@ SHORT = {
     "train": ["train.steps=4", "train.warmup_steps=1", "train.checkpoint_every=2", "train.batch_size=8"],
     "rollout": ["--episodes", "2", "--videos", "1", "--envs", "2"],
     "collect": ["--episodes", "2"],
+    "ablate": ["--dry-run"],  # test_ablate.py runs sweeps
+    "oracle": ["--steps", "2", "--samples", "64"],
     "quickstart": ["--demonstrations", "4", "--episodes", "2", "--train-steps", "4"],
 }
 """What is appended to a command to make it short; a later option wins."""
@@ -100,9 +102,9 @@ def test_every_command_and_piece_of_code_runs(folder, monkeypatch, capsys):
     assert {"data info", "data validate", "data replay", "train conf/task/pusht_keypoint.yaml"} <= set(ran)
     inline = [c for text in re.findall(r"`(diffpolicy [^`]*)`", README) for c in commands(" ".join(text.split()))]
     for command in inline:
-        if command[1] in ("data", "train", "rollout", "collect") and not {"OLD.zarr", "ablate"} & set(command):
+        if command[1] in ("data", "train", "rollout", "collect", "schedules", "oracle") and "OLD.zarr" not in command:
             command = [a.replace("RUN", "runs/pusht_keypoint/first") if a == "RUN" else a for a in command]
-            if "--sampler" in command and "ddim" in command:
+            if "--sampler" in command and {"ddim", "diffusers"} & set(command):
                 continue  # needs a run trained by diffusion; test_cli.py has one
             if "mine" in command:
                 continue  # a name to fill in
@@ -111,6 +113,20 @@ def test_every_command_and_piece_of_code_runs(folder, monkeypatch, capsys):
             run(command, monkeypatch, capsys)
     robot = code[1].replace("while True", "for _ in range(3)")
     exec(robot, {"read_joints": lambda: np.zeros(7, np.float32)})
+
+
+def test_sweep_of_the_readme_is_one(tmp_path):
+    from diffpolicy.sweep import cells_of, load_sweep
+
+    (tmp_path / "mine.yaml").write_text(blocks("yaml")[1])
+    assert [cell.label for cell in cells_of(load_sweep(tmp_path / "mine.yaml"))] == [
+        f"{schedule}, {sampler}, 4 calls" for schedule in ("cosine", "linear") for sampler in ("DDIM", "UniPC")
+    ]
+
+
+def test_shipped_sweeps_are_those_that_readme_lists():
+    listed = re.findall(r"^\| `(\w+)` \|", README.split("| shipped in conf/ablation/ | asks |")[1].split("\n\n")[0], re.M)
+    assert sorted(listed) == sorted(p.stem for p in (Path(__file__).parent.parent / "conf" / "ablation").glob("*.yaml"))
 
 
 def test_quick_start_runs_from_an_empty_folder(tmp_path, monkeypatch, capsys):
