@@ -9,7 +9,7 @@ from diffpolicy.processes.flow import Flow
 from diffpolicy.spec import Batch, DataSpec, FieldSpec
 
 STATE, WORLD = "observation.state", "observation.environment_state"
-SOLVERS = [("diffusion", "ddim"), ("diffusion", "ddpm"), ("flow", "euler")]
+SOLVERS = [("diffusion", "ddim"), ("diffusion", "ddpm"), ("diffusion", "unipc"), ("flow", "euler"), ("flow", "heun")]
 DENOISERS = {
     "mlp": {"name": "mlp", "width": 16, "depth": 1, "embed_dim": 8},
     "unet": {"name": "unet", "down_dims": [16, 32], "diffusion_step_embed_dim": 8},
@@ -119,6 +119,39 @@ def test_auto_sampler_is_resolved_so_that_results_can_name_it(tiny_policy):
     assert tiny_policy.sampler.name == "euler"
 
 
+@pytest.mark.parametrize(("process", "calls"), [("regression", 1), ("straight_flow", 1), ("mip", 2)])
+def test_baseline_makes_its_own_number_of_calls_and_says_so(make_policy, process, calls):
+    policy = make_policy(process={"name": process}, sampler={"num_inference_steps": 50})
+    denoised = count_calls(policy.denoiser)
+    policy.sample_actions(observation(batch=3))
+    assert denoised == [3] * calls
+    assert policy.sampler.num_inference_steps == policy.plan.num_calls == calls
+
+
+@pytest.mark.parametrize("process", ["regression", "mip"])
+def test_deterministic_baseline_gives_the_same_chunk_for_every_seed(make_policy, process):
+    policy = make_policy(process={"name": process})
+    chunk = lambda seed: policy.sample_actions(observation(), generators=torch.Generator().manual_seed(seed))
+    assert torch.equal(chunk(0), chunk(1))
+
+
+def test_initial_noise_of_the_next_chunk_is_the_same_whatever_sampled_this_one(make_policy):
+    """So that two samplers are compared on the same noise, chunk by chunk."""
+    policy, started = make_policy(process={"name": "diffusion"}), {}
+    for name, num_steps in (("ddim", 4), ("ddpm", 20), ("dpmpp_2m_sde", 7)):
+        policy.use_sampler(SamplerConfig(name=name, num_inference_steps=num_steps))
+        generator, noise = torch.Generator().manual_seed(0), []
+        for _ in range(3):
+            calls = []
+            hook = policy.denoiser.register_forward_pre_hook(lambda _m, inputs, calls=calls: calls.append(inputs[0]))
+            policy.sample_actions(observation(), generators=generator)
+            hook.remove()
+            noise.append(calls[0])
+        started[name] = torch.stack(noise)
+    assert torch.equal(started["ddim"], started["ddpm"]) and torch.equal(started["ddim"], started["dpmpp_2m_sde"])
+    assert not torch.equal(started["ddim"][0], started["ddim"][1])
+
+
 def test_eta_that_the_sampler_ignores_is_said_aloud(make_policy):
     with pytest.warns(UserWarning, match="sampler.eta=0.5 is ignored: euler does not use it"):
         make_policy(sampler={"eta": 0.5})
@@ -208,6 +241,48 @@ def test_loss_is_the_mean_over_the_recorded_steps(make_policy):
     torch.testing.assert_close(policy.compute_loss(batch), expected)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "edm"])
+def test_weighted_loss_of_the_same_x0_is_the_same_whatever_is_predicted(make_policy, prediction):
+    """The network answers x_0 = 0 in each currency; min-SNR at most 5 weighs x_0 alike."""
+    section = {"name": "diffusion", "prediction_type": prediction, "loss_weight": "min_snr(5)"}
+    policy, batch = (
+        make_policy(process=section | ({"sigma_data": 0.5} if prediction == "edm" else {})),
+        training_batch(),
+    )
+    process, seen = policy.process, {}
+
+    class AnswersZero(torch.nn.Module):
+        def forward(self, x_in, time, condition):
+            t = (time + 1) / 100
+            x_t = seen["x_t"]
+            return process.from_x0(torch.zeros_like(x_t), x_t, t)
+
+    plain = process.add_noise
+    process.add_noise = lambda x_0, noise, t: seen.setdefault("x_t", plain(x_0, noise, t))
+    policy.denoiser = AnswersZero()
+    x_0 = policy.normalizer.normalize("action", batch.actions)
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(x_0.shape, generator=generator)
+    alpha, sigma = process.levels(process.sample_time(len(x_0), x_0.device, generator))
+    weight = (alpha / sigma).square().clamp_max(5)[:, None]
+    expected = (weight * x_0.square().mean(dim=-1) * batch.mask).sum() / batch.mask.sum()
+    got = policy.compute_loss(batch, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_edm_network_sees_chunks_of_unit_size_at_every_time(make_policy):
+    policy = make_policy(process={"name": "diffusion", "prediction_type": "edm", "sigma_data": 0.05})
+    seen = []
+    policy.denoiser.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    noise = torch.randn(200, 8, 2, generator=torch.Generator().manual_seed(0))
+    condition = policy.encode(observation(batch=200))
+    for time in (0.02, 0.5, 1.0):
+        t = torch.full((200,), time)
+        x_t = policy.process.add_noise(0.05 * noise.flip(0), noise, t)
+        policy.denoise(x_t, t, condition)
+    assert [x.std().item() for x in seen] == pytest.approx([1, 1, 1], abs=0.03)
+
+
 @pytest.mark.parametrize("process", ["diffusion", "flow"])
 @pytest.mark.parametrize("denoiser", DENOISERS)
 def test_gradient_reaches_every_parameter_of_encoder_and_denoiser(make_policy, denoiser, process):
@@ -239,6 +314,7 @@ class Oracle(torch.nn.Module):
         return self.process.target(self.x_0, noise, time)
 
 
+@pytest.mark.filterwarnings("ignore:an error of the predicted noise")  # this network makes none
 @pytest.mark.parametrize(
     ("process", "prediction"),
     [
