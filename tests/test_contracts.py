@@ -18,7 +18,17 @@ from diffpolicy.demos import DEMONSTRATORS
 from diffpolicy.envs import ENVIRONMENTS, RobotEnv, make_env
 from diffpolicy.executors import EXECUTORS
 from diffpolicy.policies import POLICIES
-from diffpolicy.processes import PROCESSES, SAMPLERS, SCHEDULES, SamplerConfig, sample
+from diffpolicy.processes import (
+    DENSITIES,
+    LOSS_WEIGHTS,
+    PROCESSES,
+    SAMPLERS,
+    SCHEDULES,
+    SPACINGS,
+    SamplerConfig,
+    make_plan,
+    sample,
+)
 from diffpolicy.spec import IMAGES, Batch, MissingExtraError
 from tests.conftest import TINY_SPEC
 
@@ -60,7 +70,8 @@ def test_member_says_what_it_is(section, name):
 
 
 def test_names_are_words_that_can_be_typed():
-    named = [n for f in (*FAMILIES.values(), POLICIES, EXECUTORS, SAMPLERS, SCHEDULES, DEMONSTRATORS) for n in f]
+    choices = (SAMPLERS, SCHEDULES, SPACINGS, DENSITIES, LOSS_WEIGHTS)
+    named = [n for f in (*FAMILIES.values(), *choices, POLICIES, EXECUTORS, DEMONSTRATORS) for n in f]
     assert [n for n in named if not (n.isidentifier() and n == n.lower())] == []
 
 
@@ -153,6 +164,43 @@ def test_schedule_keeps_the_shape_of_time_and_names_its_source(name):
         alpha_bar = SCHEDULES[name](torch.rand(3, 4, 5, dtype=torch.float64), 100)
     assert alpha_bar.shape == (3, 4, 5) and ((alpha_bar > 0) & (alpha_bar <= 1)).all()
     assert "arXiv:" in SCHEDULES[name].__doc__ or "diffusers" in SCHEDULES[name].__doc__
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_density_is_a_choice_of_every_generative_process(name):
+    for process in GENERATIVE:
+        config_class, process_class = PROCESSES[process]
+        t = process_class(config_class(time_density=name)).sample_time(100, CPU, torch.Generator().manual_seed(0))
+        assert t.shape == (100,) and t.dtype == torch.float32 and t.min() > 0 and t.max() <= 1
+    assert DENSITIES[name].__doc__
+
+
+@pytest.mark.parametrize("name", LOSS_WEIGHTS)
+def test_loss_weight_is_a_choice_of_every_generative_process(name):
+    for process in GENERATIVE:
+        config_class, process_class = PROCESSES[process]
+        weight = process_class(config_class(loss_weight=name)).loss_weight(torch.tensor([0.1, 0.5, 0.9]))
+        assert (weight is None) == (name == "none")
+        assert weight is None or (weight.shape == (3,) and (weight > 0).all())
+
+
+@pytest.mark.parametrize("name", SPACINGS)
+def test_spacing_is_a_choice_of_every_generative_process(name):
+    for process in GENERATIVE:
+        times = make_plan(build_process(process), SamplerConfig(spacing=name, num_inference_steps=6)).times
+        assert len(times) == 6 and list(times) == sorted(set(times), reverse=True) and 0 < times[-1] < times[0] <= 1
+    assert SPACINGS[name].__doc__
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_process_trains_a_policy_and_samples_from_it(make_policy, name):
+    policy = make_policy(process={"name": name})
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    batch = Batch(obs=observation(), actions=torch.rand(3, 8, 2) + 2, mask=mask, window=torch.arange(3))
+    policy.compute_loss(batch, torch.Generator().manual_seed(0)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.denoiser.parameters())
+    chunk = policy.sample_actions(observation(), generators=torch.Generator().manual_seed(0))
+    assert chunk.shape == (3, 8, 2) and chunk.isfinite().all()
 
 
 # --- policies and executors ---

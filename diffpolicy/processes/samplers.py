@@ -39,7 +39,8 @@ class SamplerConfig:
     name: str = "auto"
     """ddim, ddpm, euler, heun, midpoint, dpmpp, dpmpp_2m, dpmpp_sde, dpmpp_2m_sde, unipc or diffusers; auto takes the process's first."""
     num_inference_steps: int = 10
-    """Network calls per chunk, whatever the sampler: heun and midpoint spend two on most of their steps."""
+    """Network calls per chunk, whatever the sampler: heun and midpoint spend two on most of their steps. (A scheduler of diffusers
+    counts steps instead: its HeunDiscreteScheduler calls 2 n - 1 times.)"""
     spacing: str = "trailing"
     """Which times are visited: trailing, leading, linspace, karras or exponential. trailing starts at pure noise; leading does not."""
     timesteps: tuple[float, ...] | None = None

@@ -17,7 +17,7 @@ def make_scheduler(process: Diffusion, config: SamplerConfig) -> Any:
     """A fresh scheduler (it holds step state) on the process's betas that takes x_0, with the config's spacing set.
 
     Raises:
-        ValueError: diffusers has no such class, or it does not take betas or x_0.
+        ValueError: diffusers has no such class, or it does not take betas, x_0 or the spacing; more steps than were trained.
     """
     import diffusers.schedulers as stock
 
@@ -30,6 +30,9 @@ def make_scheduler(process: Diffusion, config: SamplerConfig) -> Any:
         raise ValueError(
             f"sampler.scheduler={config.scheduler} takes no betas or no x_0 prediction; it cannot step here"
         )
+    T, N = process.num_train_timesteps, config.num_inference_steps
+    if config.timesteps is None and N > T:  # some of diffusers would fail in the middle of sampling
+        raise ValueError(f"sampler.num_inference_steps must be in [1, process.num_train_timesteps = {T}], got {N}")
     choices = {
         "num_train_timesteps": process.num_train_timesteps,
         "trained_betas": (1 - process._exact[0][1:] / process._exact[0][:-1]).numpy(),

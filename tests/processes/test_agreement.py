@@ -232,6 +232,10 @@ def test_diffusers_as_a_sampler_clips_x0_as_the_config_says():
     [
         ({"scheduler": "DDIMSheduler"}, "sampler.scheduler must be one of .* Did you mean 'DDIMScheduler'"),
         ({"scheduler": "CMStochasticIterativeScheduler"}, "takes no betas or no x_0 prediction"),
+        (
+            {"scheduler": "DPMSolverMultistepScheduler", "num_steps": 101},
+            r"num_inference_steps must be in \[1, process.num_train_timesteps = 100\], got 101",
+        ),
         ({"scheduler": "DDIMScheduler", "spacing": "karras"}, "DDIMScheduler has no spacing 'karras'"),
         ({"scheduler": "DDIMScheduler", "timesteps": (99, 3)}, "takes no explicit sampler.timesteps"),
         ({"scheduler": "UniPCMultistepScheduler", "spacing": "karras"}, "of diffusers fails at step .* choose another"),
@@ -239,7 +243,7 @@ def test_diffusers_as_a_sampler_clips_x0_as_the_config_says():
 )
 def test_scheduler_of_diffusers_that_cannot_is_refused_by_name(choices, message):
     with pytest.raises(ValueError, match=message):
-        ours("diffusers", 5, noise_of(0, 2, 4, 3), **choices)
+        ours("diffusers", **({"num_steps": 5, "x_T": noise_of(0, 2, 4, 3)} | choices))
 
 
 # --- which steps are visited ---
