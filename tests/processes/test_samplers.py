@@ -251,6 +251,14 @@ def test_noise_on_the_way_follows_the_generator_and_is_not_the_initial_noise_aga
     assert (fresh - x_T).abs().min() > 1e-3
 
 
+def test_noise_on_the_way_shares_no_number_with_what_its_generator_draws_next():
+    """Else the next chunk would start from the noise that this one was stirred with."""
+    (generator,) = seeded(1)
+    fresh = noise_generators(generator)
+    of_next_chunk, on_the_way = (set(torch.randint(2**31, (1000,), generator=g).tolist()) for g in (generator, fresh))
+    assert not of_next_chunk & on_the_way
+
+
 def test_noise_of_one_generator_is_that_of_torch():
     got = draw_noise((2, 3), CPU, torch.Generator().manual_seed(3))
     assert torch.equal(got, torch.randn(2, 3, generator=torch.Generator().manual_seed(3)))
