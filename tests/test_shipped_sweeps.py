@@ -1,0 +1,59 @@
+"""Every sweep in conf/ablation: its full form can be built to the last cell, its --smoke form runs to a report."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from diffpolicy.ablate import ablate, report
+from diffpolicy.ablation_plan import plan_sweep
+from diffpolicy.replay import ReplayBuffer
+from diffpolicy.spec import FieldSpec
+from diffpolicy.sweep import load_sweep
+
+SWEEPS = sorted((Path(__file__).parents[1] / "conf" / "ablation").glob("*.yaml"))
+NUM_CELLS = {
+    "noise_schedule": 14,
+    "prediction_type": 12,
+    "sampler_steps": 36,
+    "spacing_and_clip": 30,
+    "time_density": 15,
+    "horizons": 10,
+}
+"""Cells of the full forms."""
+
+
+@pytest.fixture(scope="module")
+def pusht_store(tmp_path_factory) -> Path:
+    """A store with the keys of the Push-T demonstrations and numbers that mean nothing."""
+    pytest.importorskip("gym_pusht")
+    path, rng = tmp_path_factory.mktemp("store") / "pusht.zarr", np.random.default_rng(0)
+    shapes = {"state": (5,), "keypoint": (9, 2), "action": (2,)}
+    with ReplayBuffer.create(path, fields={k: FieldSpec(shape=s, dtype="float32") for k, s in shapes.items()}, fps=10) as b:
+        for _ in range(3):
+            b.append_episode({k: rng.uniform(0, 512, (40, *s)).astype(np.float32) for k, s in shapes.items()})
+    return path
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_full_form_can_be_built_to_the_last_cell(path, pusht_store, tmp_path):
+    sweep = load_sweep(path, data=pusht_store)
+    plan = plan_sweep(sweep, tmp_path)
+    assert len(plan.cells) == NUM_CELLS[path.stem] and plan.duplicates == {}
+    assert len(sweep.seeds) >= 3 and sweep.episodes >= 200 and sweep.first_env_seed >= 100_000
+    assert sweep.question and "2 CPU cores" in sweep.expected_time
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_smoke_form_runs_to_a_report_without_any_data(path, tmp_path):
+    sweep = load_sweep(path, smoke=True)
+    result, failures = ablate(sweep, tmp_path / "out", console=Console(quiet=True))
+    page = report(sweep, tmp_path / "out").read_text()
+    assert failures == {} and "SMOKE" in page
+    with open(tmp_path / "out" / "results.csv", newline="") as handle:
+        assert len(list(csv.DictReader(handle))) == len(result.cells) >= 2
+    assert sorted(p.stem for p in (tmp_path / "out" / "figures").glob("*.png")) == sorted(
+        p.stem for p in (tmp_path / "out" / "figures").glob("*.pdf")
+    )
