@@ -84,6 +84,14 @@ def test_diffusion_trains_each_step_in_its_share(density):
     assert ((count - n * share) ** 2 / (n * share)).sum() < 34
 
 
+@pytest.mark.parametrize("density", [name for name in DENSITIES if name != "uniform"])
+def test_uniform_number_nearest_zero_trains_pure_noise_and_nearest_one_the_first_step(monkeypatch, density):
+    # torch.rand draws from [0, 1), so that no time is 0, where nothing is asked
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([0.0, 1 - 2**-24]))
+    t = diffusion(schedule="flow", num_train_timesteps=10, time_density=density).sample_time(2, CPU)
+    assert t.tolist() == pytest.approx([1.0, 0.1])
+
+
 @pytest.mark.parametrize("density", ["log_normal", "log_logistic"])
 def test_diffusion_turns_a_density_of_sigma_into_its_own_steps(density):
     process = diffusion(schedule="karras", num_train_timesteps=1000, time_density=density)

@@ -50,3 +50,29 @@ def test_network_sees_time_on_the_scale_of_the_config():
 def test_unknown_prediction_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"process.prediction_type must be one of .* Did you mean 'velocity'"):
         FlowConfig(prediction_type="velocit")
+
+
+@pytest.mark.parametrize("t_shape", [(3,), (3, 2)])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_from_x0_inverts_to_x0_and_the_target_is_from_x0_of_the_truth(prediction_type, t_shape):
+    process = Flow(FlowConfig(prediction_type=prediction_type))
+    x_0, noise, prediction = torch.randn(3, 3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = 0.05 + 0.95 * torch.rand(t_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x_t = process.add_noise(x_0, noise, t)
+    torch.testing.assert_close(process.from_x0(x_0, x_t, t), process.target(x_0, noise, t))
+    torch.testing.assert_close(process.from_x0(process.to_x0(prediction, x_t, t), x_t, t), prediction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_levels_are_those_of_the_path_in_the_type_and_shape_of_time(dtype):
+    t = torch.tensor([[0.0, 0.25], [0.5, 1.0]], dtype=dtype)
+    alpha, sigma = Flow(FlowConfig()).levels(t)
+    assert alpha.tolist() == [[1.0, 0.75], [0.5, 0.0]] and sigma.tolist() == t.tolist()
+    assert alpha.dtype == sigma.dtype == dtype
+
+
+@pytest.mark.parametrize("choice", ["shift", "time_scale"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_factor_that_is_not_positive_is_refused(choice, value):
+    with pytest.raises(ValueError, match=rf"process.{choice} must be positive, got"):
+        FlowConfig(**{choice: value})
