@@ -162,6 +162,17 @@ def test_one_deterministic_call_is_the_conditional_mean(path, name):
     torch.testing.assert_close(run(process, x_T, name=name, num_inference_steps=1), expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("num_calls", [3, 5, 9])
+@pytest.mark.parametrize(
+    "process", [FLOW, diffusion(terminal_snr="zero", prediction_type="sample")], ids=["flow", "zero"]
+)
+def test_few_heun_calls_shrink_the_spread_and_never_overshoot(process, num_calls):
+    """From pure noise, where the first step of zero SNR is Euler's."""
+    got = run(process, noise_of(0, 5000, 1, 1), name="heun", num_inference_steps=num_calls)
+    assert 0.1 * SPREAD < got.std() < SPREAD
+    assert got.mean().item() == pytest.approx(MEAN, abs=0.01)
+
+
 def test_schedule_that_leaves_signal_misses_even_the_mean():
     """What the warning of Diffusion is about: with 60 % of the signal left, pure noise is the wrong start."""
     got = run(diffusion(schedule="linear"), noise_of(0, 20_000, 1, 1), name="ddim", num_inference_steps=100)
