@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from diffpolicy.ablation_cells import AblationResult
-from diffpolicy.ablation_folder import check_folder, claim, collect, read_sweep_file, sole_user_of
+from diffpolicy.ablation_folder import check_folder, claim, collect, read_sweep_file, sole_user_of, take_over_networks
 from diffpolicy.ablation_jobs import is_trained, run_job
 from diffpolicy.ablation_plan import (
     SMOKE,
@@ -67,8 +67,11 @@ def ablate(
         collect(sweep, out, console)
         plan = plan_sweep(sweep, out)
         claim(plan, extend=extend)
+        taken = take_over_networks(plan)
         queue = _Queue(plan, device)
         console.print(opening(plan, queue), soft_wrap=True)
+        if taken:
+            console.print(f"{taken} networks were trained by another sweep in {out.parent} already: copied")
         if queue.num_open:
             with make_workers(run_job) as workers:
                 _work_off(queue, workers, console)

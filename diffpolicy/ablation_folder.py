@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
-from diffpolicy.ablation_jobs import write_json
+from diffpolicy.ablation_jobs import is_trained, write_json
 from diffpolicy.ablation_plan import Plan, collected_store
 from diffpolicy.quickstart import collect_demonstrations
 from diffpolicy.sweep import SweepConfig, content_hash, identity
@@ -73,6 +74,24 @@ def claim(plan: Plan, *, extend: bool) -> None:
     write_json(
         plan.out / "sweep.json", {"sweep": mine, "hash": content_hash(mine), "data": data, "plan": plan.to_dict()}
     )
+
+
+def take_over_networks(plan: Plan) -> int:
+    """Copies networks that sweeps beside this one have trained already: same settings, seed and data. Gives how many."""
+    taken = 0
+    for run in {run.train_hash: run for run in plan.runs}.values():
+        folder, steps = plan.run_folder(run), run.training.train.steps
+        if folder.exists():  # trained here, or to be gone on with
+            continue
+        for other in sorted(plan.out.parent.glob(f"*/train/{run.train_hash}")):
+            if is_trained(other, steps):
+                partial = folder.with_name(f".{folder.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(other, partial)
+                partial.rename(folder)
+                taken += 1
+                break
+    return taken
 
 
 @contextmanager

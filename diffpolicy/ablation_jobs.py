@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -58,7 +59,12 @@ def run_train(job: dict) -> dict:
     if run.exists() and not list_checkpoints(run):
         shutil.rmtree(run)  # killed before its first checkpoint: nothing to go on from
     began = time.perf_counter()
-    common = {"device": job["device"], "keep_checkpoints": 1, "progress": False, "console": Console(width=120)}
+    common = {
+        "device": job["device"],
+        "keep_checkpoints": 1,
+        "progress": False,
+        "console": Console(file=sys.stdout, width=120),
+    }  # the log's stdout, in a notebook too
     if run.exists():
         train(config, resume=run, **common)
     else:  # a run folder is <runs>/<task>/<name>

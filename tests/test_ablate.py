@@ -355,3 +355,21 @@ def test_after_kill_9_the_rest_is_done_and_two_workers_give_the_same_bits_as_non
         for folder in (out, finished[1])
     ]
     assert weights[0] == weights[1] and len(weights[0]) == 2
+
+
+def test_a_network_that_a_sweep_beside_it_has_trained_is_not_trained_again(finished, store, tmp_path):
+    _, out = finished
+    shutil.copytree(out, tmp_path / "first")
+    other = sweep(store, name="other", axes=AXES | {"steps": {4: {"sampler.num_inference_steps": 4}}})
+    (run,) = [r for r in plan_sweep(other, tmp_path / "second").runs if r.cell.axes["process.prediction_type"] == "sample"]
+    shutil.rmtree(tmp_path / "first" / "train" / run.train_hash / "checkpoints")  # not whole: not taken
+    ablate(other, tmp_path / "second")
+    first, second = (load_weights(tmp_path / name) for name in ("first", "second"))
+    assert len(second) == 2 and len(first) == 1 and set(first.items()) <= set(second.items())
+    modified = {p.parts[-4]: p.stat().st_mtime for p in (tmp_path / "second").glob("train/*/checkpoints/*/model.safetensors")}
+    taken = next(iter(first))
+    assert modified[run.train_hash] > modified[taken]  # copied with its time, trained now
+
+
+def load_weights(out: Path) -> dict[str, bytes]:
+    return {p.parts[-4]: p.read_bytes() for p in out.glob("train/*/checkpoints/*/model.safetensors")}
