@@ -226,7 +226,7 @@ def test_sample_of_a_batch_does_not_depend_on_its_neighbours(path, name):
         return sample(process, exact_denoise(process), x_T, None, config, generators)
 
     together = chunks(5, 6, 7)
-    assert torch.equal(together[1], chunks(6)[0])
+    assert torch.equal(together[0], chunks(5)[0]) and torch.equal(together[1], chunks(6)[0])
     assert torch.equal(together.flip(0), chunks(7, 6, 5))
     assert not torch.equal(together[0], together[1])
 
