@@ -157,6 +157,23 @@ def test_sampler_hands_the_condition_on_and_time_per_sample(process, sampler):
     sample(build_process(process), denoise, x_T, condition, SamplerConfig(name=sampler, num_inference_steps=3))
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_sde", "dpmpp_2m_sde"])
+def test_samples_of_one_observation_draw_noise_of_their_own_on_the_way(sampler):
+    one = torch.Generator().manual_seed(0)
+    start = torch.zeros(2, 4, 2)  # the same for both: what differs comes from the way
+    first, second = sample(
+        build_process("diffusion"), lambda x_t, t, c: x_t / 2, start, None, SamplerConfig(name=sampler), [one, one]
+    )
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", SPACINGS)
+def test_spacing_takes_a_process_of_one_training_step(name):
+    config_class, process_class = PROCESSES["diffusion"]
+    process = process_class(config_class(num_train_timesteps=1))
+    assert make_plan(process, SamplerConfig(spacing=name, num_inference_steps=1)).times == (1.0,)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule_keeps_the_shape_of_time_and_names_its_source(name):
     with warnings.catch_warnings():

@@ -164,26 +164,23 @@ class Diffusion(nn.Module):
             return (torch.randint(0, T, (batch_size,), device=device, generator=generator) + 1) / T
         u = 1 - torch.rand(batch_size, device=device, generator=generator)
         drawn = DENSITIES[self._density.name](u, *self._density.parameters)
-        t = self._time_of_log_ratio(drawn) if self._density.name in OF_LOG_SIGMA else drawn
+        t = drawn
+        if self._density.name in OF_LOG_SIGMA:
+            t = self._time_of_log_ratio(drawn, self._log_ratio[1:].to(drawn))
         # the step whose interval ((k)/T, (k+1)/T] holds t; rounding up keeps pure noise among the training times
         return (t.float() * T).ceil().clamp(1, T) / T
 
-    def _time_of_log_ratio(self, log_ratio: Tensor) -> Tensor:
-        """The time at which log(sigma / alpha) is this."""
-        table = self._log_ratio[1:].to(log_ratio)
-        high = torch.searchsorted(table, log_ratio.contiguous()).clamp(1, max(len(table) - 1, 1))
+    def _time_of_log_ratio(self, log_ratio: Tensor, table: Tensor) -> Tensor:
+        """The time at which log(sigma / alpha) is this; table holds it at the T steps, straight between two of them."""
         if len(table) == 1:
             return torch.ones_like(log_ratio)
+        high = torch.searchsorted(table, log_ratio.contiguous()).clamp(1, len(table) - 1)
         share = (log_ratio - table[high - 1]) / (table[high] - table[high - 1])
         return (high + share.clamp(0, 1)) / self.num_train_timesteps
 
     def time_of_sigma(self, sigma: Tensor) -> Tensor:
         """The time at which sigma / alpha is this, float64, between the steps straight in its logarithm (as diffusers)."""
-        log_ratio = self._exact[1][1:]
-        wanted = sigma.double().log()
-        high = torch.searchsorted(log_ratio, wanted.contiguous()).clamp(1, max(len(log_ratio) - 1, 1))
-        share = (wanted - log_ratio[high - 1]) / (log_ratio[high] - log_ratio[high - 1])
-        return (high + share.clamp(0, 1)) / self.num_train_timesteps
+        return self._time_of_log_ratio(sigma.double().log(), self._exact[1][1:])
 
     def step_index(self, t: Tensor) -> Tensor:
         """Step k of t = (k + 1) / T, same shape; a whole number wherever t is one of the T steps."""

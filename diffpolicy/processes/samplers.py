@@ -1,7 +1,7 @@
 """Samplers: noise -> x_0 by asking denoise(x_t, t, condition) -> x_0 a few times. Chosen at run time, on any checkpoint.
 
 Every sampler here is linear in what it has seen: the next x is a sum of earlier x, of answers of the network and of fresh
-noise. So a sampler is a function (process, config) -> list[Step] that computes those coefficients once, in float64,
+noise. So a sampler is a function (process, config) -> Plan that computes those coefficients once, in float64,
 and one loop runs them all: no host synchronisation, no scheduler state. To add one, write such a function and its line in
 SAMPLERS at the end, and name it in the `samplers` of its processes.
 
@@ -160,6 +160,8 @@ def noise_generators(generators: Generators) -> Generators:
     """Generators for the noise that a sampler adds on its way, seeded by the given ones, which they leave untouched.
 
     So the initial noise of an episode's i-th chunk is the same for every sampler and step count: comparisons are paired.
+    A generator that stands in the list several times, once for each sample of an observation, is answered by one that they
+    share, so that each of these samples draws noise of its own.
     """
     if generators is None:
         return None
@@ -168,7 +170,8 @@ def noise_generators(generators: Generators) -> Generators:
         fork.set_state(generators.get_state())
         seed = torch.randint(2**62, (), generator=fork, device=fork.device).item()
         return fork.manual_seed(seed)
-    return [noise_generators(g) for g in generators]
+    forks = {id(g): noise_generators(g) for g in generators}
+    return [forks[id(g)] for g in generators]
 
 
 def clip_x0(denoise: Denoise, limit: float | None) -> Denoise:
