@@ -167,6 +167,14 @@ def test_samples_of_one_observation_draw_noise_of_their_own_on_the_way(sampler):
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
+def test_scheduler_of_diffusers_that_would_answer_nan_at_zero_snr_is_refused(scheduler):
+    config_class, process_class = PROCESSES["diffusion"]
+    process = process_class(config_class(terminal_snr="zero", prediction_type="v_prediction"))
+    with pytest.raises(ValueError, match=rf"{scheduler} steps in sigma / alpha, .* zero terminal SNR"):
+        make_plan(process, SamplerConfig(name="diffusers", scheduler=scheduler))
+
+
 @pytest.mark.parametrize("name", SPACINGS)
 def test_spacing_takes_a_process_of_one_training_step(name):
     config_class, process_class = PROCESSES["diffusion"]

@@ -17,11 +17,14 @@ def make_scheduler(process: Diffusion, config: SamplerConfig) -> Any:
     """A fresh scheduler (it holds step state) on the process's betas that takes x_0, with the config's spacing set.
 
     Raises:
-        ValueError: diffusers has no such class, or it does not take betas, x_0 or the spacing; more steps than were trained.
+        ValueError: diffusers has no such class, or it does not take betas, x_0, the spacing or zero terminal SNR; more steps
+            than were trained.
     """
     import diffusers.schedulers as stock
 
-    names = [n for n in dir(stock) if n.endswith("Scheduler") and not n.startswith("Flax")]
+    # those of Flax are not torch's, the inverse ones go from data to noise, and dir() names some that are not there
+    names = [n for n in dir(stock) if n.endswith("Scheduler") and not n.startswith("Flax") and "Inverse" not in n]
+    names = [n for n in names if hasattr(stock, n)]
     if config.scheduler not in names:
         raise unknown_name("sampler.scheduler", config.scheduler, names)
     scheduler_class = getattr(stock, config.scheduler)
@@ -56,6 +59,12 @@ def make_scheduler(process: Diffusion, config: SamplerConfig) -> Any:
         scheduler.set_timesteps(timesteps=[round(k) for k in config.timesteps])
     else:
         scheduler.set_timesteps(config.num_inference_steps)
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and not torch.as_tensor(sigmas).isfinite().all():  # its chunks would be NaN, in silence
+        raise ValueError(
+            f"sampler.scheduler={config.scheduler} steps in sigma / alpha, which has no largest value with zero terminal SNR; "
+            "use process.terminal_snr=as_is or scaled, DDIMScheduler, or another sampler.name than diffusers"
+        )
     return scheduler
 
 
@@ -79,9 +88,10 @@ def sample_with_diffusers(
     for k in scheduler.timesteps:
         x_in = scheduler.scale_model_input(x_t, k)
         t = torch.full((len(x_T),), (float(k) + 1) / T, device=x_T.device)
+        x_0 = denoise(x_in, t, condition)
         try:
-            x_t = scheduler.step(denoise(x_in, t, condition), k, x_t, **choices).prev_sample
-        except (NotImplementedError, IndexError, AssertionError) as error:
+            x_t = scheduler.step(x_0, k, x_t, **choices).prev_sample
+        except (NotImplementedError, IndexError, AssertionError, TypeError) as error:
             raise ValueError(
                 f"sampler.scheduler={config.scheduler} of diffusers fails at step {float(k):g} with spacing {config.spacing} "
                 f"({type(error).__name__}: {error}); choose another"
