@@ -27,6 +27,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from diffpolicy.config import FAMILIES, Config, find_yaml, load_config
+from diffpolicy.mixture import PROBLEMS
 from diffpolicy.spec import unknown_name
 
 AxisValue = str | float | int | bool | None
@@ -151,17 +152,16 @@ def sweep_from_dict(plain: dict) -> SweepConfig:
     for key in plain:
         if key not in known:
             raise unknown_name(f"sweep key {key!r}", key, [*known, "smoke"])
-    for key in ("name", "base", "axes"):
-        if key not in plain:
-            raise ValueError(f"a sweep needs {key!r}, got only {sorted(plain)}")
     values = {key: value for key, value in plain.items() if value is not None}
+    for key in ("name", "base", "axes"):
+        if key not in values:
+            raise ValueError(f"a sweep needs {key!r}, got only {sorted(values)}")
     for key in ("name", "question", "expected_time"):
         values[key] = str(values.get(key, ""))
     for key, kind in {"set": dict, "axes": dict, "baseline": dict, "oracle": dict, "collect": dict}.items():
         if key in values and not isinstance(values[key], kind):
             raise ValueError(f"{key} must be a section of `key: value` lines, got {values[key]!r}")
-    base = values["base"]
-    values["base"] = tuple([base] if isinstance(base, str) else map(str, base))
+    values["base"] = tuple(map(str, _as_list(values["base"])))
     values["set"] = _flat(values.get("set", {}))
     values["axes"] = {str(axis): _settings(str(axis), given) for axis, given in values["axes"].items()}
     for key in ("episodes", "first_env_seed", "sampling_seed"):
@@ -170,6 +170,8 @@ def sweep_from_dict(plain: dict) -> SweepConfig:
     values["exclude"] = tuple(_as_list(values.get("exclude", [])))
     if "collect" in values:
         _check_collect(values["collect"])
+    if "oracle" in values:
+        _check_oracle(values["oracle"])
     sweep = SweepConfig(**values)
     for rule in sweep.exclude:
         _check_rule("exclude", rule, sweep)
@@ -350,7 +352,10 @@ def _override(sweep: SweepConfig, overrides: Sequence[str], data: str | Path | N
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"an override must read key=value, got {override!r}")
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        except Exception as error:  # as above: YAML's errors are of another family
+            raise ValueError(f"{override!r} is not readable as key=value: {' '.join(str(error).split())}") from error
         if key in RUN_SETTINGS:
             change[key] = tuple(_whole(key, v) for v in _as_list(value)) if key == "seeds" else _whole(key, value)
         elif any(key in setting["set"] for axis in sweep.axes.values() for setting in axis.values()):
@@ -396,6 +401,23 @@ def _check_collect(collect: dict) -> None:
     for key in ("env", "episodes"):
         if key not in collect:
             raise ValueError(f"collect needs {key!r}, as in {{env: tabletop, episodes: 30}}, got {collect}")
+
+
+def _check_oracle(oracle: dict) -> None:
+    """The exact test bench is asked after the first training: a mistake must be told before."""
+    known = {"problem": str, "num_samples": int, "seed": int, "error": int | float}
+    for key, value in oracle.items():
+        if key not in known:
+            raise unknown_name(f"sweep key 'oracle.{key}'", key, known)
+        if isinstance(value, bool) or not isinstance(value, known[key]):
+            kind = {"problem": "a name", "error": "a number"}.get(key, "a whole number")
+            raise ValueError(f"oracle.{key} must be {kind}, got {value!r}")
+    if "problem" in oracle and oracle["problem"] not in PROBLEMS:
+        raise unknown_name("oracle.problem", oracle["problem"], PROBLEMS)
+    if oracle.get("num_samples", 2) < 2:
+        raise ValueError(f"oracle.num_samples must be at least 2, got {oracle['num_samples']}")
+    if oracle.get("error", 0) < 0:
+        raise ValueError(f"oracle.error must not be negative, got {oracle['error']}")
 
 
 def _chooses(key: str, value: Any) -> bool:

@@ -117,6 +117,13 @@ def test_baseline_is_the_first_cell_that_fits():
         ({"name": "../x"}, "name must be one folder name"),
         ({"collect": {"env": "tabletop"}}, "collect needs 'episodes'"),
         ({"base": []}, "base must name at least one YAML file"),
+        ({"base": None}, "a sweep needs 'base'"),
+        ({"axes": None}, "a sweep needs 'axes'"),
+        ({"oracle": {"problm": "ring"}}, r"sweep key 'oracle.problm' must be one of .* Did you mean 'problem'"),
+        ({"oracle": {"problem": "rings"}}, r"oracle.problem must be one of .* Did you mean 'ring'"),
+        ({"oracle": {"num_samples": "many"}}, r"oracle.num_samples must be a whole number, got 'many'"),
+        ({"oracle": {"num_samples": 1}}, r"oracle.num_samples must be at least 2, got 1"),
+        ({"oracle": {"error": -0.1}}, r"oracle.error must not be negative"),
     ],
 )
 def test_a_wrong_sweep_says_what_and_how_to_mend_it(changed, said):
@@ -188,6 +195,8 @@ def test_settings_of_the_command_line_reach_config_and_sweep(tmp_path):
         load_sweep(write(tmp_path), ["process.schedule=cosine"])
     with pytest.raises(ValueError, match="must read key=value"):
         load_sweep(write(tmp_path), ["train.steps"])
+    with pytest.raises(ValueError, match=r"'seeds=\[0,1' is not readable as key=value"):
+        load_sweep(write(tmp_path), ["seeds=[0,1"])
 
 
 def test_only_what_trains_decides_the_network():
