@@ -78,24 +78,33 @@ def ablate(
         return collect_results(plan, queue.failures), queue.failures
 
 
-def report(sweep: SweepConfig, out: str | Path, failures: dict[str, str] | None = None) -> Path:
+def report(
+    sweep: SweepConfig, out: str | Path, failures: dict[str, str] | None = None, *, extend: bool = False
+) -> Path:
     """Writes the table, the figures and report.html from what a results folder holds.
 
+    Args:
+        extend: report what the folder of another sweep holds of this one.
     Raises:
         FileNotFoundError: no finished cell.
+        ValueError: another sweep's folder.
     """
     from diffpolicy.ablation_report import write_report
 
     out = Path(out).absolute()
+    nothing = FileNotFoundError(f"{out} holds no finished cell of sweep {sweep.name} to report")
     recorded = read_sweep_file(out)
-    if recorded is not None and recorded.get("sweep") == identity(sweep) and "plan" in recorded:
+    if recorded is None:
+        raise nothing
+    check_folder(sweep, out, extend=extend)
+    if recorded["sweep"] == identity(sweep) and "plan" in recorded:
         plan = read_plan(recorded["plan"], out)
         plan = dataclasses.replace(plan, sweep=dataclasses.replace(plan.sweep, question=sweep.question))
     else:
         plan = plan_sweep(sweep, out)
     result = collect_results(plan, failures)
     if result is None:
-        raise FileNotFoundError(f"{out} holds no finished cell of sweep {sweep.name} to report")
+        raise nothing
     return write_report(result, out)
 
 

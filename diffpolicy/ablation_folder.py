@@ -53,7 +53,7 @@ def check_folder(sweep: SweepConfig, out: Path, *, extend: bool) -> None:
     """Raises ValueError where a results folder is another sweep's, naming what differs."""
     recorded, mine = read_sweep_file(out), identity(sweep)
     if recorded is None:
-        if any(p.name != "demonstrations.zarr" and not p.name.startswith(".") for p in out.iterdir()):
+        if out.is_dir() and any(p.name != "demonstrations.zarr" and not p.name.startswith(".") for p in out.iterdir()):
             raise ValueError(f"{out} exists and holds no sweep; choose another --out")
         return
     differing = [key for key in mine if recorded["sweep"].get(key) != mine[key]]
@@ -99,7 +99,10 @@ def sole_user_of(out: Path) -> Iterator[None]:
     """Two processes in one results folder would do everything twice; the lock ends with its process."""
     import fcntl  # POSIX only
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out must be a folder that can be made or is there, got {out}: {error.strerror}") from error
     folder = os.open(out, os.O_RDONLY)
     try:
         try:

@@ -78,6 +78,8 @@ class Plan:
     """Label of the cell that differences are taken to."""
     data: dict[str, str]
     """Store -> fingerprint."""
+    command: str
+    """What was typed to run it; a report that is written later still tells this."""
 
     def run_folder(self, run: Run) -> Path:
         return self.out / "train" / run.train_hash
@@ -101,6 +103,7 @@ class Plan:
             "duplicates": self.duplicates,
             "baseline": self.baseline,
             "data": self.data,
+            "command": self.command,
         }
 
 
@@ -109,7 +112,13 @@ def read_plan(plain: dict, out: Path) -> Plan:
     sweep = SweepConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain["sweep"].items()})
     cells = {c["label"]: Cell(label=c["label"], axes=c["axes"], set={}) for c in plain["cells"]}
     runs = tuple(Run(**{**run, "cell": cells[run["cell"]]}) for run in plain["runs"])
-    return Plan(sweep, out, tuple(cells.values()), runs, plain["duplicates"], plain["baseline"], plain["data"])
+    command = plain.get("command", typed())
+    return Plan(sweep, out, tuple(cells.values()), runs, plain["duplicates"], plain["baseline"], plain["data"], command)
+
+
+def typed() -> str:
+    """The command line of this process."""
+    return " ".join(["diffpolicy", *sys.argv[1:]])
 
 
 class DataMissingError(FileNotFoundError):
@@ -157,7 +166,8 @@ def plan_sweep(sweep: SweepConfig, out: Path) -> Plan:
             + "; ".join(f"[{_culprit(group, cells, labels)}] {reason}" for reason, group in bad.items())
         )
     distinct = tuple(cell for cell in cells if cell.label not in duplicates)
-    return Plan(sweep, out, distinct, tuple(runs), duplicates, duplicates.get(baseline, baseline), bench.fingerprints())
+    baseline = duplicates.get(baseline, baseline)
+    return Plan(sweep, out, distinct, tuple(runs), duplicates, baseline, bench.fingerprints(), typed())
 
 
 class _Bench:
@@ -350,7 +360,7 @@ def _describe(plan: Plan, found: list[dict]) -> dict[str, Any]:
     sweep = plan.sweep
     return {
         **({"SMOKE": SMOKE} if sweep.is_smoke else {}),
-        "command": " ".join(["diffpolicy", *sys.argv[1:]]),
+        "command": plan.command,
         "commit": all_of("commit"),
         "hardware": all_of("device"),
         "versions": ", ".join(f"{name} {all_of('versions', name)}" for name in found[0]["versions"]),

@@ -77,13 +77,14 @@ def ablate(
     loaded = load_sweep(sweep, settings or [], data=data, smoke=smoke)
     out = Path("runs") / "ablations" / loaded.name if out is None else out
     if smoke:  # never to be mistaken for the real ones
+        out = out.absolute()
         out = out.with_name(f"{out.name}_smoke")
     console = Console()
     if dry_run:
         console.print(engine.dry_run(loaded, out), soft_wrap=True)
         return
     if report_only:
-        print(f"report: {engine.report(loaded, out)}")
+        print(f"report: {engine.report(loaded, out, extend=extend)}")
         return
     count = jobs or _usable_cores()
     result, failures = engine.ablate(

@@ -224,6 +224,32 @@ def test_a_report_needs_neither_the_demonstrations_nor_hashes_of_this_version(fi
     assert "Why?" in page and all(cell.label in page for cell in finished[0].cells)
 
 
+def test_a_report_tells_the_command_that_ran_the_sweep(finished, store, tmp_path, monkeypatch):
+    shutil.copytree(finished[1], tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["diffpolicy", "ablate", "tiny.yaml", "--jobs", "7"])
+    ablate(sweep(store), tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["diffpolicy", "ablate", "tiny.yaml", "--report-only"])
+    page = report(sweep(store), tmp_path / "out").read_text()
+    assert "diffpolicy ablate tiny.yaml --jobs 7" in page and "--report-only" not in page
+
+
+def test_a_report_is_not_written_into_the_folder_of_another_sweep(finished, store, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "out")
+    other = sweep(store, name="other")
+    with pytest.raises(ValueError, match="holds another sweep: name differ"):
+        report(other, tmp_path / "out")
+    assert "other" in report(other, tmp_path / "out", extend=True).read_text()
+    with pytest.raises(FileNotFoundError, match="nowhere holds no finished cell of sweep other"):
+        report(other, tmp_path / "nowhere")
+
+
+def test_results_folder_that_cannot_be_made_is_named(store, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"--out must be a folder that can be made or is there, got .*file"):
+            ablate(sweep(store), out)
+
+
 def test_a_folder_that_holds_something_else_is_refused(store, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="exists and holds no sweep; choose another --out"):

@@ -81,7 +81,7 @@ def test_a_failed_cell_ends_with_1_after_the_others(sweep_file, tmp_path, monkey
 
 def test_report_only_tells_what_is_there_after_an_interruption(sweep_file, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "LocalWorkers", lambda count, run: Interrupted(run, after=2))
-    with pytest.raises(FileNotFoundError, match=r"demonstrations .* are not there"):
+    with pytest.raises(FileNotFoundError, match=r"out holds no finished cell of sweep steps"):
         run(sweep_file, "--out", tmp_path / "out", "--report-only")
     code, said = run(sweep_file, "--out", tmp_path / "out")
     assert code != 0 and "run the same command again to go on" in said

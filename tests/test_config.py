@@ -10,6 +10,7 @@ from diffpolicy.config import (
     FAMILIES,
     Config,
     build_policy,
+    changed_sampler,
     choose,
     config_from_dict,
     find_yaml,
@@ -18,6 +19,7 @@ from diffpolicy.config import (
 )
 from diffpolicy.envs import make_env
 from diffpolicy.policies import DiffusionPolicy
+from diffpolicy.processes import SamplerConfig
 from diffpolicy.spec import DataSpec, FieldSpec
 
 CONF = shipped_conf()
@@ -288,3 +290,31 @@ def test_normaliser_modes_follow_the_config():
 def test_null_takes_back_a_key_of_an_earlier_file():
     config = load_config(["conf/task/tabletop.yaml"], ["data.keys.observation.goal=null"])
     assert "observation.goal" not in config.data.keys and "observation.state" in config.data.keys
+
+
+# --- settings of a sampler at run time ---
+
+
+def test_sampler_options_are_checked_like_a_config_file():
+    options = ["temperature=0.5", "timesteps=[99,50,10]", "clip_sample=null"]
+    changed = changed_sampler(SamplerConfig(num_inference_steps=4), options)
+    assert changed == SamplerConfig(num_inference_steps=4, temperature=0.5, timesteps=(99, 50, 10), clip_sample=None)
+    assert changed_sampler(changed, ["spacing=leading"]).timesteps is None  # a new grid takes back the explicit one
+    for option, said in (
+        ("temp=1", "config key 'sampler.temp' must be one of .* Did you mean 'temperature'"),
+        ("temperature=warm", "sampler.temperature: .*warm"),
+        ("eta", "an option of sampler must read key=value, got 'eta'"),
+        ("timesteps=[1,2]", "sampler.timesteps must be a falling list of times"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            changed_sampler(SamplerConfig(), [option])
+
+
+def test_schedule_table_travels_in_the_config_and_needs_its_file_no_more(tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text("t,alpha_bar\n0,1\n1,0.001\n")
+    settings = ["process.schedule=table", f"process.schedule_file={file}"]
+    config = load_config(["conf/task/tabletop.yaml", "conf/process/ddim.yaml"], settings)
+    file.unlink()
+    again = config_from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and again.process.options.table == ((0.0, 1.0), (1.0, 0.001))

@@ -125,6 +125,8 @@ def _sample_from(
         raise ValueError(
             f"a start time needs a deterministic first-order sampler (ddim with eta 0, euler or dpmpp), got {config.name}"
         )
+    if config.temperature != 1:
+        raise ValueError(f"a start time takes x as it is; sampler.temperature must be 1, got {config.temperature:g}")
     if start.shape != x.shape[: start.ndim] or start.ndim > 2 or start.min() < 0 or start.max() > 1:
         raise ValueError(f"start must be times in [0, 1] of shape (B,) or (B, T_pred), got {tuple(start.shape)}")
     times = time_grid(

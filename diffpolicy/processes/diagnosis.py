@@ -16,6 +16,8 @@ MAX_TERMINAL_SIGNAL = 0.05
 """A schedule that leaves more of the signal at t = 1 is a finding."""
 MAX_ERROR_GAIN = 100
 """Unclipped noise prediction is a finding where an error of the noise becomes an x_0 error so many times as large."""
+MAX_HEUN_SIGMA = 200
+"""Heun's steps are a finding where they begin at a larger sigma / alpha; EDM begins at 80."""
 FIXED_PLANS = ("direct", "two_step")
 """Samplers of the baselines: nothing about their times can be chosen."""
 
@@ -73,6 +75,14 @@ def sampler_findings(
                 "t=1: the network is told that it sees signal where there is none; use sampler.spacing=trailing",
             )
         )
+    if config.name == "heun" and len(times) > 2 and (sigma := _noise_over_signal(process, times[0])) > MAX_HEUN_SIGMA:
+        found.append(
+            Finding(
+                f"Heun from sigma {sigma:,.0f}",
+                f"the schedule begins at sigma / alpha = {sigma:,.0f}, from where Heun's first steps overshoot when they are few: the "
+                "chunks spread too far; use sampler.name=dpmpp_2m, or train with process.schedule=karras",
+            )
+        )
     crowd = _most_calls_in_one_step(process, times)
     if crowd > 2:
         found.append(
@@ -91,8 +101,7 @@ def sampler_findings(
             )
         )
     if config.clip_sample is None and process.prediction_type == "epsilon":
-        alpha, sigma = process.levels(torch.tensor(times[:1], dtype=torch.float64, device="cpu"))
-        if alpha > 0 and (gain := float(sigma / alpha)) > MAX_ERROR_GAIN:
+        if (gain := _noise_over_signal(process, times[0])) > MAX_ERROR_GAIN:
             found.append(
                 Finding(
                     f"unclipped epsilon (error x {gain:,.0f})",
@@ -101,6 +110,14 @@ def sampler_findings(
                 )
             )
     return found
+
+
+def _noise_over_signal(process: Process, t: float) -> float:
+    """sigma / alpha at a time; 0 for a flow, whose samplers do not step in it, and where alpha is 0."""
+    if not hasattr(process, "num_train_timesteps"):
+        return 0.0
+    alpha, sigma = process.levels(torch.tensor(t, dtype=torch.float64, device="cpu"))
+    return float(sigma / alpha) if alpha > 0 else 0.0
 
 
 def _most_calls_in_one_step(process: Process, times: tuple[float, ...]) -> int:

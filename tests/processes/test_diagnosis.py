@@ -168,3 +168,11 @@ def test_policy_knows_no_action_limit_before_its_normaliser_is_fitted(make_polic
     assert policy.action_limit() == pytest.approx(1.0)
     policy.normalizer = type(policy.normalizer)(policy.normalizer.shapes, policy.normalizer.modes)
     assert policy.action_limit() is None
+
+
+@pytest.mark.parametrize(("schedule", "found"), [("cosine", True), ("karras", False)])
+def test_heun_from_far_out_is_found(schedule, found):
+    process = Diffusion(DiffusionConfig(schedule=schedule, prediction_type="v_prediction"))
+    told = labels(process, SamplerConfig(name="heun", num_inference_steps=5))
+    assert any("Heun from sigma" in label for label in told) == found
+    assert not any("Heun" in label for label in labels(process, SamplerConfig(name="ddim", num_inference_steps=5)))
