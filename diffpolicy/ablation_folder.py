@@ -53,7 +53,7 @@ def check_folder(sweep: SweepConfig, out: Path, *, extend: bool) -> None:
     """Raises ValueError where a results folder is another sweep's, naming what differs."""
     recorded, mine = read_sweep_file(out), identity(sweep)
     if recorded is None:
-        if out.is_dir() and any(p.name != "demonstrations.zarr" and not p.name.startswith(".") for p in out.iterdir()):
+        if any(p.name != "demonstrations.zarr" and not p.name.startswith(".") for p in out.iterdir()):
             raise ValueError(f"{out} exists and holds no sweep; choose another --out")
         return
     differing = [key for key in mine if recorded["sweep"].get(key) != mine[key]]
