@@ -188,15 +188,20 @@ def changed_sampler(sampler: SamplerConfig, options: Sequence[str]) -> SamplerCo
     A new spacing or number of calls takes back an explicit list of times.
 
     Raises:
-        ValueError: unknown key or a value of the wrong type, with the nearest right one.
+        ValueError: unknown key or a value of the wrong type, with the nearest right one; settings that contradict each other.
     """
     given: dict = {}
     for text in options:
-        if "=" not in text:
+        key, equals, _ = text.partition("=")
+        if not equals:
             raise ValueError(f"an option of sampler must read key=value, got {text!r}")
+        if key in given:
+            raise ValueError(f"sampler.{key} is given twice: {given[key]} and {text}")
         _merge(given, _parsed(text))
-    if {"spacing", "num_inference_steps"} & set(given):
-        given.setdefault("timesteps", None)
+    if grid := sorted({"spacing", "num_inference_steps"} & set(given)):
+        if given.get("timesteps") is not None:
+            raise ValueError(f"sampler.timesteps names every call: give it or sampler.{grid[0]}, not both")
+        given["timesteps"] = None
     return _build(SamplerConfig, _without_tuples(dataclasses.asdict(sampler)) | given, "sampler", {})
 
 

@@ -78,6 +78,9 @@ def evaluate(
         if value is not None
     ]
     policy.use_sampler(changed_sampler(policy.sampler, [*options, *sampler_options]))
+    if steps is not None and policy.sampler.num_inference_steps != steps:
+        calls = policy.sampler.num_inference_steps
+        warnings.warn(f"--steps {steps} is ignored: {policy.sampler.name} always makes {calls}", stacklevel=2)
     if act is not None:
         policy.horizons = dataclasses.replace(policy.horizons, act=act)
     batch_size = batch_size or (64 if device.startswith("cuda") else 16)

@@ -310,6 +310,19 @@ def test_sampler_options_are_checked_like_a_config_file():
             changed_sampler(SamplerConfig(), [option])
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["num_inference_steps=4", "num_inference_steps=8"], "sampler.num_inference_steps is given twice: 4 and .*=8"),
+        (["num_inference_steps=4", "timesteps=[99,50]"], "give it or sampler.num_inference_steps, not both"),
+        (["timesteps=[99,50]", "spacing=leading"], "give it or sampler.spacing, not both"),
+    ],
+)
+def test_sampler_options_that_contradict_each_other_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        changed_sampler(SamplerConfig(), options)
+
+
 def test_schedule_table_travels_in_the_config_and_needs_its_file_no_more(tmp_path):
     file = tmp_path / "mine.csv"
     file.write_text("t,alpha_bar\n0,1\n1,0.001\n")

@@ -105,6 +105,17 @@ def test_fewer_steps_lead_elsewhere(trained, tmp_path):
     assert np.array_equal(last[1], last[2]) and not np.array_equal(last[0], last[1])
 
 
+def test_steps_that_a_baseline_does_not_take_are_said_to_be_ignored(store, tmp_path):
+    from diffpolicy.config import load_config
+    from diffpolicy.train import train
+    from tests.test_cli import SHORT
+
+    settings = [f"data.path={store}", *SHORT, "process=regression", "sampler.name=auto"]
+    run = train(load_config(["conf/task/tabletop.yaml"], settings), runs=tmp_path, device="cpu", progress=False)
+    with pytest.warns(UserWarning, match="--steps 4 is ignored: direct always makes 1"):
+        evaluate(run, out=tmp_path / "out", steps=4, console=console(), **FEW)
+
+
 def test_the_table_shows_the_numbers_of_the_summary(trained, tmp_path):
     said = console()
     result, out = evaluate(trained, out=tmp_path / "out", console=said, **FEW)
