@@ -83,18 +83,19 @@ def conclusions(result: AblationResult, summaries: tuple[CellSummary, ...]) -> d
             f"[{base.score_interval[0]:.3f}, {base.score_interval[1]:.3f}]."
         ]
     else:
-        tally = Counter(c.verdict for _, c in compared)
         said["In short"] = [
-            f'Against "{base.cell.label}": '
-            + ", ".join(
-                f"{tally[verdict]} {verdict}" for verdict in (BETTER, WORSE, UNTOLD, UNPAIRED) if tally[verdict]
-            )
-            + f", of {len(compared)} settings."
+            f'Against "{base.cell.label}", success: {_tally([c.verdict for _, c in compared])}; '
+            f"score: {_tally([c.score_verdict for _, c in compared])}; of {len(compared)} settings."
         ]
         said["Supported differences"] = [_supported(label, base.cell.label, c) for label, c in supported] or [
             f'No difference in success to "{base.cell.label}" is supported.'
         ]
+        by_score = sorted((x for x in compared if x[1].score_supported), key=lambda x: -abs(x[1].score_difference))
+        said["Supported differences in score"] = [_score_supported(label, base.cell.label, c) for label, c in by_score]
     said["Not told apart"] = [_untold(label, base.cell.label, c) for label, c in compared if c.verdict == UNTOLD]
+    said["Not told apart in score"] = [
+        _score_untold(label, base.cell.label, c) for label, c in compared if c.score_verdict == UNTOLD
+    ]
     said["Not paired"] = [
         f'"{label}" and "{base.cell.label}" share no training seed or differ in start states, so no pairing is claimed and '
         f"no test is made: difference {_points_with(c.difference, c.interval)}, each side's episodes resampled alone."
@@ -103,6 +104,36 @@ def conclusions(result: AblationResult, summaries: tuple[CellSummary, ...]) -> d
     ]
     said["What is not known"] = _unknown(summaries)
     return {heading: sentences for heading, sentences in said.items() if sentences}
+
+
+def _tally(verdicts: list[str]) -> str:
+    count = Counter(verdicts)
+    return ", ".join(f"{count[v]} {v}" for v in (BETTER, WORSE, UNTOLD, UNPAIRED) if count[v])
+
+
+def _score_supported(label: str, baseline: str, c: Comparison) -> str:
+    sentence = (
+        f'"{label}" scores {"higher" if c.score_difference > 0 else "lower"} than "{baseline}": {_score_with(c)} over '
+        f"{_played(c)}, corrected p {_equals(c.score_holm_p)}."
+    )
+    if c.score_anew and c.score_anew[0] <= 0 <= c.score_anew[1]:
+        low, high = c.score_anew
+        sentence += (
+            f" It holds for these networks; networks trained anew could turn it round ({low:+.3f} .. {high:+.3f})."
+        )
+    return sentence
+
+
+def _score_untold(label: str, baseline: str, c: Comparison) -> str:
+    n = c.num_starts * len(c.train_seeds)
+    sentence = f'n = {n:,} paired episodes cannot tell the scores of "{label}" and "{baseline}" apart (difference {_score_with(c)})'
+    if c.score_needed is not None and math.isfinite(c.score_needed) and c.score_needed > n:
+        sentence += f"; about {c.score_needed:,.0f} would, were the true difference the one seen"
+    return sentence + "."
+
+
+def _score_with(c: Comparison) -> str:
+    return f"{c.score_difference:+.3f} [{c.score_interval[0]:+.3f}, {c.score_interval[1]:+.3f}]"
 
 
 def _supported(label: str, baseline: str, c: Comparison) -> str:
@@ -218,7 +249,8 @@ TEST_METHOD = (
     "training seeds and start states as crossed random effects. McNemar p pools networks and starts as if pairs were "
     "independent; p by start state counts a start once and is the one that is corrected for the number of comparisons (Holm). "
     f"A difference is supported when its corrected p is below {ALPHA} and its primary interval leaves out zero. Intervals are "
-    "not corrected. Episodes needed: power 0.8, were the true difference the one seen. Scores are not tested."
+    "not corrected. Episodes needed: power 0.8, were the true difference the one seen. "
+    "Scores are tested in the same way, with random sign flips, and corrected apart."
 )
 
 CSS = """

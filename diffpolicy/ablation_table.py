@@ -24,6 +24,7 @@ from diffpolicy.metrics import (
     mcnemar_exact,
     paired_difference_interval,
     sign_flip_exact,
+    sign_flip_sampled,
     smallest_difference_shown,
     unpaired_difference_interval,
 )
@@ -65,9 +66,22 @@ class Comparison:
     shown: float | None
     """The smallest difference in success that the episodes at hand would show with power 0.8."""
 
+    score_verdict: str
+    """The same of the score."""
+    score_p: float | None
+    """Sign flips of the start states' mean differences; None where not paired, as the next two."""
+    score_holm_p: float | None
+    """score_p corrected for the number of comparisons with the baseline; success and score are corrected apart."""
+    score_needed: float | None
+    """Paired episodes that would tell the scores apart with power 0.8, were the true difference the one seen."""
+
     @property
     def supported(self) -> bool:
         return self.verdict in (BETTER, WORSE)
+
+    @property
+    def score_supported(self) -> bool:
+        return self.score_verdict in (BETTER, WORSE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +113,10 @@ def summarise(result: AblationResult) -> tuple[CellSummary, ...]:
     tested = {cell.label: aligned for cell in others if (aligned := _aligned(cell, baseline))}
     start_p = [sign_flip_exact(a, b) for a, b in (aligned[:2] for aligned in tested.values())]
     holm_p = dict(zip(tested, holm(start_p), strict=True))
+    score_p = [sign_flip_sampled(a, b) for a, b in (aligned[2:4] for aligned in tested.values())]
+    score_holm_p = dict(zip(tested, holm(score_p), strict=True))
     compared = {
-        cell.label: _paired(*tested[cell.label], holm_p[cell.label], len(tested))
+        cell.label: _paired(*tested[cell.label], holm_p[cell.label], score_holm_p[cell.label], len(tested))
         if cell.label in tested
         else _unpaired(cell, baseline)
         for cell in others
@@ -139,6 +155,9 @@ def table_rows(result: AblationResult, summaries: tuple[CellSummary, ...]) -> li
             "start_p": c and c.start_p,
             "holm_p": c and c.holm_p,
             "verdict": c.verdict if c else "baseline",
+            "score_p": c and c.score_p,
+            "score_holm_p": c and c.score_holm_p,
+            "score_verdict": c.score_verdict if c else "baseline",
             "episodes_needed": c.needed if c and c.needed and math.isfinite(c.needed) else None,
             "smallest_difference_shown": c and c.shown,
         }
@@ -221,12 +240,14 @@ def difference_table(result: AblationResult, summaries: tuple[CellSummary, ...])
         "setting minus baseline",
         "success, points [95 %, these networks]",
         "[95 %, trained anew]",
-        "score [95 %, these networks]",
         "McNemar p",
         "p by start state",
         "Holm p",
-        "verdict",
+        "success",
         "episodes needed",
+        "score [95 %, these networks]",
+        "Holm p",
+        "score",
     ]
     rows = []
     for s in summaries:
@@ -238,10 +259,12 @@ def difference_table(result: AblationResult, summaries: tuple[CellSummary, ...])
                 s.cell.label,
                 f"{points(c.difference)} [{points(c.interval[0])}, {points(c.interval[1])}]",
                 f"[{points(c.anew[0])}, {points(c.anew[1])}]" if c.anew else "unknown",
-                f"{c.score_difference:+.3f} [{c.score_interval[0]:+.3f}, {c.score_interval[1]:+.3f}]",
                 *(p_value(p) for p in (c.mcnemar_p, c.start_p, c.holm_p)),
                 c.verdict,
                 needed,
+                f"{c.score_difference:+.3f} [{c.score_interval[0]:+.3f}, {c.score_interval[1]:+.3f}]",
+                p_value(c.score_holm_p),
+                c.score_verdict,
                 *(["; ".join(s.cell.labels)] if has_labels else []),
             ]
         )
@@ -281,22 +304,23 @@ def _paired(
     b_scores: np.ndarray,
     seeds: tuple,
     holm_p: float,
+    score_holm_p: float,
     comparisons: int,
 ) -> Comparison:
     interval = paired_difference_interval(a, b)
     score_interval = paired_difference_interval(a_scores, b_scores)
     difference = float(a.mean() - b.mean())
-    supported = holm_p < ALPHA and not interval[0] <= 0 <= interval[1]
+    score_difference = float(a_scores.mean() - b_scores.mean())
     several = min(a.shape) > 1
     return Comparison(
-        verdict=(BETTER if difference > 0 else WORSE) if supported else UNTOLD,
+        verdict=_verdict(difference, interval, holm_p),
         paired=True,
         train_seeds=seeds,
         num_starts=a.shape[1],
         difference=difference,
         interval=interval,
         anew=_hull(crossed_difference_interval(a, b), interval) if several else None,
-        score_difference=float(a_scores.mean() - b_scores.mean()),
+        score_difference=score_difference,
         score_interval=score_interval,
         score_anew=_hull(crossed_difference_interval(a_scores, b_scores), score_interval) if several else None,
         mcnemar_p=mcnemar_exact(a, b),
@@ -304,7 +328,17 @@ def _paired(
         holm_p=holm_p,
         needed=episodes_needed(a, b, alpha=ALPHA, comparisons=comparisons),
         shown=smallest_difference_shown(a, b, alpha=ALPHA, comparisons=comparisons),
+        score_verdict=_verdict(score_difference, score_interval, score_holm_p),
+        score_p=sign_flip_sampled(a_scores, b_scores),
+        score_holm_p=score_holm_p,
+        score_needed=episodes_needed(a_scores, b_scores, alpha=ALPHA, comparisons=comparisons),
     )
+
+
+def _verdict(difference: float, interval: Interval, holm_p: float) -> str:
+    if holm_p < ALPHA and not interval[0] <= 0 <= interval[1]:
+        return BETTER if difference > 0 else WORSE
+    return UNTOLD
 
 
 def _hull(anew: Interval, interval: Interval) -> Interval:
@@ -329,6 +363,10 @@ def _unpaired(cell: CellResult, baseline: CellResult) -> Comparison:
         holm_p=None,
         needed=None,
         shown=None,
+        score_verdict=UNPAIRED,
+        score_p=None,
+        score_holm_p=None,
+        score_needed=None,
     )
 
 

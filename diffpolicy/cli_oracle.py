@@ -107,15 +107,21 @@ def oracle(
 
     from diffpolicy.mixture import PROBLEMS
     from diffpolicy.oracle import grade_table
-    from diffpolicy.processes import PROCESSES, SAMPLERS, SCHEDULES, SPACINGS
+    from diffpolicy.processes import PROCESSES, SAMPLERS, SCHEDULES, SPACINGS, diffusion, flow
+    from diffpolicy.processes.schedules import TERMINAL_SNRS
     from diffpolicy.progress import progress_bar
 
     if problem not in PROBLEMS:
         raise unknown_name("--problem", problem, PROBLEMS)
+    if out is not None and out.suffix not in (".png", ".pdf"):
+        raise ValueError(f"--out must end in .png or .pdf, got {out}")
+    if csv_file is not None and csv_file.is_dir():
+        raise ValueError(f"--csv must name a file, got the folder {csv_file}")
+    predictions = dict.fromkeys((*diffusion.PREDICTION_TYPES, *flow.PREDICTION_TYPES))
     asked = {
         "schedule": _names("--schedule", schedule, SCHEDULES),
-        "prediction_type": _names("--prediction", prediction, None),
-        "terminal_snr": _names("--terminal-snr", terminal_snr, None),
+        "prediction_type": _names("--prediction", prediction, predictions),
+        "terminal_snr": _names("--terminal-snr", terminal_snr, TERMINAL_SNRS),
         "num_train_timesteps": _counts("--timesteps-train", timesteps_train),
     }
     settings, skipped = combine(

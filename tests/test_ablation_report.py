@@ -89,7 +89,9 @@ def test_large_difference_is_supported_and_a_small_one_is_said_to_need_more_epis
     words = said(THREE)
     assert len(words["Supported differences"]) == len(words["Not told apart"]) == 1
     assert words["Supported differences"][0].startswith('"linear" succeeds less often than "cosine": -37.7 points [')
-    assert words["In short"] == ['Against "cosine": 1 worse, 1 not told apart, of 2 settings.']
+    assert words["In short"] == [
+        'Against "cosine", success: 1 worse, 1 not told apart; score: 1 worse, 1 not told apart; of 2 settings.'
+    ]
     untold = words["Not told apart"][0]
     assert untold.startswith(
         'n = 300 paired episodes cannot tell "sigmoid" and "cosine" apart (difference -0.3 points, '
@@ -304,3 +306,28 @@ def test_ablation_without_cells_or_with_equal_labels_is_refused():
         ablation(cell("a", solved(5)), cell("a", solved(6)))
     with pytest.raises(ValueError, match=r"baseline must be in \[0, 0\], got 3"):
         ablation(cell("a", solved(5)), baseline=3)
+
+
+def test_scores_may_differ_where_success_is_too_rare_to_tell():
+    """Push-T: hardly an episode succeeds, but one policy comes much nearer."""
+    rng = np.random.default_rng(0)
+    rare, near = solved(2, 1, 2), rng.uniform(0.6, 0.8, (3, 100))
+    result = ablation(
+        cell("cosine", rare, scores=near), cell("linear", rare, scores=near - rng.uniform(0.2, 0.4, (3, 100)))
+    )
+    (c,) = [s.comparison for s in summarise(result) if s.comparison]
+    assert (c.verdict, c.score_verdict) == ("not told apart", "worse") and c.score_holm_p < 0.001
+    words = said(result)
+    assert words["Supported differences"] == ['No difference in success to "cosine" is supported.']
+    assert words["Supported differences in score"][0].startswith('"linear" scores lower than "cosine": -0.3')
+    (row,) = [row for row in table_rows(result, summarise(result)) if row["label"] == "linear"]
+    assert row["score_verdict"] == "worse" and row["verdict"] == "not told apart"
+
+
+def test_equal_scores_are_not_told_apart_and_the_number_that_would_is_said():
+    rng = np.random.default_rng(1)
+    scores = rng.uniform(0.5, 0.9, (2, 60))
+    noisy = np.clip(scores + rng.normal(0.005, 0.1, (2, 60)), 0, 1)
+    words = said(ablation(cell("a", scores > 2, scores=scores), cell("b", scores > 2, scores=noisy)))
+    (sentence,) = words["Not told apart in score"]
+    assert re.search(r'n = 120 paired episodes cannot tell the scores of "b" and "a" apart .*about [\d,]+ would', sentence)

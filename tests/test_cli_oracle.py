@@ -133,6 +133,10 @@ def test_an_error_of_the_network_is_in_the_title():
         (("--steps", ""), "--steps must be whole numbers from 1"),
         (("--timesteps-train", "0"), "--timesteps-train must be whole numbers from 1"),
         (("--clip", "-1"), "--clip must be a positive number or none"),
+        (("--terminal-snr", "zeroo"), "--terminal-snr must be one of .*Did you mean 'zero'"),
+        (("--prediction", "velocty"), "--prediction must be one of .*Did you mean 'velocity'"),
+        (("--out", "picture.foo"), "--out must end in .png or .pdf, got picture.foo"),
+        (("--csv", "/"), "--csv must name a file, got the folder /"),
         (
             ("--process", "flow", "--prediction", "epsilon"),
             "no setting can be sampled: flow epsilon: process.prediction_type",

@@ -13,6 +13,7 @@ from diffpolicy.metrics import (
     paired_difference_interval,
     percentiles,
     sign_flip_exact,
+    sign_flip_sampled,
     smallest_difference_shown,
     student_quantile,
     unpaired_difference_interval,
@@ -239,3 +240,17 @@ def test_pairs_of_different_shape_are_refused():
         paired_difference_interval(np.zeros((2, 5)), np.zeros((3, 5)))
     with pytest.raises(ValueError, match=r"at least 2 training seeds and 2 start states, got \(S=1, E=5\)"):
         crossed_difference_interval(np.zeros((1, 5)), np.zeros((1, 5)))
+
+
+def test_sampled_sign_flips_agree_with_all_of_them():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((3, 40)) < 0.6, rng.random((3, 40)) < 0.45
+    assert sign_flip_sampled(a, b) == pytest.approx(sign_flip_exact(a, b), abs=0.01)
+    assert sign_flip_sampled(a, b) == sign_flip_sampled(a, b)
+    assert sign_flip_sampled(a * 0.5, b * 0.5) == sign_flip_sampled(a, b)  # only the sizes relative to each other matter
+
+
+def test_sampled_sign_flips_are_one_for_equals_and_never_zero():
+    scores = np.random.default_rng(0).random((2, 30))
+    assert sign_flip_sampled(scores, scores) == 1
+    assert sign_flip_sampled(scores + 1, scores) == pytest.approx(1 / 10_001)

@@ -171,6 +171,12 @@ def test_leading_spacing_is_told_from_trailing(steps):
     assert any("starts at" in label for label in leading.labels)
 
 
+def test_a_clip_that_cuts_the_chunks_off_is_labelled_and_one_that_does_not_is_not():
+    cut, free = (grade(make_process("flow"), make_sampler(4, clip_sample=clip), num_samples=256) for clip in (0.3, 1.0))
+    assert any(label.startswith("clips at 0.3 of 0.7") for label in cut.labels) and free.labels == ()
+    assert cut.energy_distance > 10 * free.energy_distance
+
+
 def test_signal_left_at_the_end_loses_mode_weights_and_rescaled_betas_find_them():
     for sampler in (make_sampler(50, "ddim"), make_sampler(50, "ddpm")):
         left = grade(make_process(schedule="linear"), sampler)
