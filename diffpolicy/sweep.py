@@ -463,7 +463,9 @@ def _whole(key: str, value: Any) -> int:
 
 
 def _spoken(axis: str, value: AxisValue) -> str:
-    """`cosine`, but `num_inference_steps 4`."""
+    """`cosine`, but `pred 16` and `4 calls`."""
+    if axis == "sampler.num_inference_steps":
+        return f"{value} call{'' if value == 1 else 's'}"
     return value if isinstance(value, str) else f"{axis.rsplit('.', 1)[-1]} {_text(value)}"
 
 
