@@ -167,7 +167,9 @@ def test_samples_of_one_observation_draw_noise_of_their_own_on_the_way(sampler):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "scheduler", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"]
+)
 def test_scheduler_of_diffusers_that_would_answer_nan_at_zero_snr_is_refused(scheduler):
     config_class, process_class = PROCESSES["diffusion"]
     process = process_class(config_class(terminal_snr="zero", prediction_type="v_prediction"))
@@ -207,6 +209,25 @@ def test_loss_weight_is_a_choice_of_every_generative_process(name):
         weight = process_class(config_class(loss_weight=name)).loss_weight(torch.tensor([0.1, 0.5, 0.9]))
         assert (weight is None) == (name == "none")
         assert weight is None or (weight.shape == (3,) and (weight > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("process", "prediction", "sound"),
+    [
+        ("diffusion", "epsilon", False),
+        ("diffusion", "sample", False),
+        ("diffusion", "v_prediction", True),
+        ("flow", "sample", False),
+        ("flow", "velocity", True),
+    ],
+)
+def test_cosmap_is_a_finding_where_one_noise_level_would_be_all_that_is_learnt(process, prediction, sound):
+    config_class, process_class = PROCESSES[process]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        built = process_class(config_class(prediction_type=prediction, loss_weight="cosmap"))
+    assert [f.label.startswith("one noise level weighs") for f in built.findings()] == ([] if sound else [True])
+    assert len(said) == (0 if sound else 1)
 
 
 @pytest.mark.parametrize("name", SPACINGS)

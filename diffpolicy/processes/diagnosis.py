@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffpolicy.processes.samplers import Process, SamplerConfig
 
 MAX_TERMINAL_SIGNAL = 0.05
 """A schedule that leaves more of the signal at t = 1 is a finding."""
 MAX_ERROR_GAIN = 100
 """Unclipped noise prediction is a finding where an error of the noise becomes an x_0 error so many times as large."""
+MAX_WEIGHT_RATIO = 30
+"""A loss weight is a finding where one noise level weighs so many times the mean."""
 MAX_HEUN_SIGMA = 200
 """Heun's steps are a finding where they begin at a larger sigma / alpha; EDM begins at 80."""
 FIXED_PLANS = ("direct", "two_step")
@@ -54,6 +58,24 @@ def process_findings(
             )
         )
     return found
+
+
+def weight_findings(loss_weight: str, weights: Tensor | None) -> list[Finding]:
+    """What is wrong with a loss weight: cosmap, made for velocities, grows without bound for epsilon at pure noise, and for x_0 at
+    the data.
+
+    Args:
+        weights: of the prediction's squared error, at times evenly spread over (0, 1]; None where all count alike.
+    """
+    if weights is None or (ratio := float(weights.max() / weights.mean())) <= MAX_WEIGHT_RATIO:
+        return []
+    return [
+        Finding(
+            f"one noise level weighs {ratio:,.0f} x the mean",
+            f"process.loss_weight={loss_weight} gives one noise level {ratio:,.0f} times the mean weight, so that the network learns "
+            "little else; predict v_prediction (a flow: velocity), or use process.loss_weight=min_snr(5)",
+        )
+    ]
 
 
 def sampler_findings(

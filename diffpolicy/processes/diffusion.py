@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.processes.densities import DENSITIES, OF_LOG_SIGMA, Named
-from diffpolicy.processes.diagnosis import Finding, process_findings
+from diffpolicy.processes.diagnosis import Finding, process_findings, weight_findings
 from diffpolicy.processes.schedules import (
     SCHEDULES,
     TERMINAL_SNRS,
@@ -123,18 +123,23 @@ class Diffusion(nn.Module):
             warnings.warn(finding.text, stacklevel=2)
 
     def findings(self) -> list[Finding]:
-        """What is wrong with the schedule and the prediction type: label, reason and cure; empty where nothing is."""
+        """What is wrong with schedule, prediction type and loss weight: label, reason and cure; empty where nothing is."""
         config = self.config
         cures = ("process.schedule=cosine", "process.num_train_timesteps=1000")
         if config.terminal_snr == "as_is":
             rescaled = "scaled" if config.schedule in TUNED_FOR_1000 else "zero"
             cures = (f"process.terminal_snr={rescaled}", *cures)
-        return process_findings(
+        found = process_findings(
             described=f"process.schedule={config.schedule} with {config.num_train_timesteps} steps",
             terminal_signal=self.terminal_signal,
             prediction_type=config.prediction_type,
             cures=cures,
         )
+        if config.prediction_type != "edm":  # its weights are bounded, and unknown before sigma_data is
+            T = config.num_train_timesteps
+            steps = torch.arange(1, T + 1, dtype=torch.float64, device="cpu") / T
+            found += weight_findings(config.loss_weight, self.loss_weight(steps))
+        return found
 
     @property
     def num_train_timesteps(self) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from diffpolicy.processes.densities import DENSITIES, OF_LOG_SIGMA, Named
-from diffpolicy.processes.diagnosis import Finding
+from diffpolicy.processes.diagnosis import Finding, weight_findings
 from diffpolicy.processes.weighting import LOSS_WEIGHTS, error_gain, loss_weight
 from diffpolicy.spec import unknown_name
 
@@ -55,14 +56,17 @@ class Flow(nn.Module):
         self.config = config
         self._density = Named.parse("process.time_density", config.time_density, DENSITIES)
         self._weight = Named.parse("process.loss_weight", config.loss_weight, LOSS_WEIGHTS)
+        for finding in self.findings():
+            warnings.warn(finding.text, stacklevel=2)
 
     @property
     def prediction_type(self) -> str:
         return self.config.prediction_type
 
     def findings(self) -> list[Finding]:
-        """Nothing can be wrong with it: it starts where sampling starts."""
-        return []
+        """What is wrong with the loss weight; the path starts where sampling starts."""
+        times = torch.arange(1, 101, dtype=torch.float64, device="cpu") / 100
+        return weight_findings(self.config.loss_weight, self.loss_weight(times))
 
     def fit(self, x_0: Tensor) -> None:
         """The straight path needs to know nothing of the data."""
