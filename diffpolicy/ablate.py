@@ -264,7 +264,7 @@ class _Clock:
             self._spent.setdefault(outcome.job["kind"], []).append((outcome.seconds, size_of(outcome.job)))
 
     def shown(self, running: list[dict]) -> str:
-        doing = ", ".join(f"{n} {kind}" for kind in ("train", "rollout", "oracle") if (n := _num(running, kind)))
+        doing = ", ".join(f"{n} {kind}" for kind in _KINDS if (n := _num(running, kind)))
         left = self.seconds_left(running)
         return f"{doing or 'idle'}; " + ("time left unknown yet" if left is None else f"about {spoken_time(left)} left")
 
@@ -273,7 +273,7 @@ class _Clock:
         now, total = time.perf_counter(), 0.0
         for job in running:
             self._began.setdefault(id(job), now)
-        for kind in ("train", "rollout", "oracle"):
+        for kind in _KINDS:
             mine = [job for job in running if job["kind"] == kind]
             if not mine and not self._queue.count(kind):
                 continue

@@ -23,6 +23,7 @@ import torch
 
 from diffpolicy.ablation_cells import AblationResult, CellResult
 from diffpolicy.ablation_jobs import BATCH_SIZE, with_camera
+from diffpolicy.ablation_table import ORACLE_COLUMNS
 from diffpolicy.config import Config, DataConfig, build_policy
 from diffpolicy.policies import DiffusionPolicy
 from diffpolicy.replay import ReplayBuffer
@@ -292,9 +293,6 @@ def read_grade(plan: Plan, run: Run) -> dict[str, float] | None:
         return {key: float(grade[key]) for key in ORACLE_COLUMNS}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-
-
-ORACLE_COLUMNS = ("energy_distance", "energy_floor", "mode_weight_error", "dispersion_ratio")
 
 
 def collect_results(plan: Plan, failures: dict[str, str] | None = None) -> AblationResult | None:

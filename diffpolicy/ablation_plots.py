@@ -140,7 +140,7 @@ def curves(result: AblationResult, summaries: tuple[CellSummary, ...], axis: str
         if floors:
             panels[0, 2].axhspan(min(floors) * 0.98, max(floors) * 1.02, color="0.6", zorder=0)
             panels[0, 2].annotate(
-                "floor: two samples of the truth", (0.02, max(floors)), (0, 3), xycoords=("axes fraction", "data"),
+                "floor: a perfect sampler", (0.02, max(floors)), (0, 3), xycoords=("axes fraction", "data"),
                 textcoords="offset points", fontsize=7, color="0.35",
             )  # fmt: skip
         if min((s.cell.oracle or {}).get("energy_distance", 1.0) for s in summaries) > 0:
@@ -365,8 +365,8 @@ def _curves_caption(result: AblationResult, axis: str) -> str:
     against = "network calls per chunk, so that settings compare at equal cost" if changes_calls(result, axis) else axis
     oracle = any(cell.oracle and "energy_distance" in cell.oracle for cell in result.cells)
     beside = (
-        " Right: energy distance to the truth with the exact denoiser, what the sampler alone costs; its floor is that of "
-        "two samples of the truth." if oracle else ""
+        " Right: energy distance to the truth with the exact denoiser, what the sampler alone costs; its floor is what "
+        "a perfect sampler scores by chance." if oracle else ""
     )  # fmt: skip
     return f"Success and score against {against}, with 95 % intervals over start states.{beside}"
 

@@ -270,7 +270,7 @@ def _table(grades: Sequence[Grade]) -> Table:
     for key in columns:
         table.add_column(NAMED_IN_TABLE[key], no_wrap=True)
     for header in ("NFE", "energy distance", "weights off by", "spread"):
-        table.add_column(header, justify="right", min_width=7 if " " in header else None)
+        table.add_column(header, justify="right", min_width=7 if " " in header else 3)
     table.add_column("labels", style="yellow", min_width=10)
     for i, g in enumerate(grades):
         line = [str(g.setting.get(key, "")) for key in columns]

@@ -26,11 +26,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from diffpolicy.ablation_cells import AxisValue
 from diffpolicy.config import FAMILIES, Config, find_yaml, load_config
 from diffpolicy.mixture import PROBLEMS
 from diffpolicy.spec import unknown_name
-
-AxisValue = str | float | int | bool | None
 
 RUN_SETTINGS = ("seeds", "episodes", "first_env_seed", "sampling_seed")
 """Keys of a sweep that `key=value` on the command line may change; every other key=value is a config key."""
