@@ -99,7 +99,9 @@ def report(
     check_folder(sweep, out, extend=extend)
     if recorded["sweep"] == identity(sweep) and "plan" in recorded:
         plan = read_plan(recorded["plan"], out)
-        plan = dataclasses.replace(plan, sweep=dataclasses.replace(plan.sweep, question=sweep.question))
+        plan = dataclasses.replace(
+            plan, sweep=dataclasses.replace(plan.sweep, question=sweep.question, compare=sweep.compare)
+        )
     else:
         plan = plan_sweep(sweep, out)
     result = collect_results(plan, failures)

@@ -86,6 +86,8 @@ class AblationResult:
     """How it was run, shown in the order given: command, commit, hardware, versions, data, date, minutes, env, ..."""
     duplicates: dict[str, str] = field(default_factory=dict)
     """Label of a cell that resolved to the same setting as an earlier one -> label of the one that was run."""
+    references: dict[str, str] = field(default_factory=dict)
+    """Label of a cell -> label of the cell that its difference is taken to; the baseline for all others."""
 
     def __post_init__(self):
         object.__setattr__(self, "cells", tuple(self.cells))
@@ -99,3 +101,10 @@ class AblationResult:
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"ablation {self.name!r}: cells must have different labels, got {twice[0]!r} twice")
+        if strange := set(self.references.values()) - set(labels):
+            raise ValueError(f"ablation {self.name!r}: no cell is called {sorted(strange)[0]!r} that others refer to")
+
+    def reference(self, cell: CellResult) -> CellResult | None:
+        """The cell that this one's difference is taken to; None for the baseline itself."""
+        wanted = self.references.get(cell.label, self.cells[self.baseline].label)
+        return None if wanted == cell.label else next(other for other in self.cells if other.label == wanted)

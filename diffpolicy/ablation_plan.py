@@ -36,6 +36,7 @@ from diffpolicy.sweep import (
     cell_config,
     cells_of,
     content_hash,
+    shown,
     training_config,
     training_part,
 )
@@ -331,6 +332,7 @@ def collect_results(plan: Plan, failures: dict[str, str] | None = None) -> Ablat
     if not cells:
         return None
     baseline = next((i for i, cell in enumerate(cells) if cell.label == plan.baseline), 0)
+    references = references_of(cells, plan.sweep.compare or {})
     return AblationResult(
         name=plan.sweep.name + (" SMOKE" if plan.sweep.is_smoke else ""),
         question=plan.sweep.question,
@@ -339,7 +341,16 @@ def collect_results(plan: Plan, failures: dict[str, str] | None = None) -> Ablat
         failed=missing,
         described=_describe(plan, found),
         duplicates=plan.duplicates,
+        references=references,
     )
+
+
+def references_of(cells: Sequence[CellResult], compare: dict) -> dict[str, str]:
+    """Label of a cell -> label of the cell that has the values of `compare` and else the same axes, where there is one."""
+    place = {tuple(cell.axes.items()): cell.label for cell in cells}
+    wanted = {axis: shown(value) for axis, value in compare.items()}
+    found = {cell.label: place.get(tuple((cell.axes | wanted).items())) for cell in cells} if compare else {}
+    return {label: other for label, other in found.items() if other is not None and other != label}
 
 
 def _describe(plan: Plan, found: list[dict]) -> dict[str, Any]:

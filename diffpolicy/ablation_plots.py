@@ -59,7 +59,7 @@ HEAT_CAPTION = (
     "Success in percent, with its 95 % interval (Wilson), over the two axes of the sweep. Hatched: no result."
 )
 DIFFERENCES_CAPTION = (
-    "Success minus that of the baseline, in points, on the same start states. Thick bar: 95 % interval for these networks "
+    "Success minus that of the reference, in points, on the same start states. Thick bar: 95 % interval for these networks "
     "(bootstrap over start states). Thin bar with caps: for networks trained anew. Filled mark: supported after correction "
     "for the number of comparisons (Holm); hollow mark: not told apart."
 )
@@ -209,6 +209,8 @@ def differences(result: AblationResult, summaries: tuple[CellSummary, ...]) -> F
     compared = [s for s in summaries if s.comparison and s.comparison.paired]
     letters = problem_letters([s.cell for s in compared])
     ticks = [_tick(s.cell, letters, False) for s in compared]
+    if len({s.comparison.reference for s in compared}) > 1:
+        ticks = [f"{tick} - {s.comparison.reference}" for tick, s in zip(ticks, compared, strict=True)]
     figure = Figure(figsize=(9, 1.6 + _height(ticks)), layout="constrained")
     panel = figure.subplots()
     panel.axvline(0, color="0.3", lw=1)
@@ -227,8 +229,9 @@ def differences(result: AblationResult, summaries: tuple[CellSummary, ...]) -> F
     panel.set_ylim(-0.7, len(compared) - 0.3)
     panel.set_xlabel("difference in success, percentage points")
     panel.grid(axis="x", alpha=0.3)
-    baseline = textwrap.shorten(result.cells[result.baseline].label, 60, placeholder=" ...")
-    panel.set_title(f"Success minus that of the baseline ({baseline}), 95 % intervals", fontsize=10, loc="left")
+    others = {s.comparison.reference for s in compared}
+    to = textwrap.shorten(others.pop(), 60, placeholder=" ...") if len(others) == 1 else "the setting named with each"
+    panel.set_title(f"Success minus that of {to}, 95 % intervals", fontsize=10, loc="left")
     return _explain(figure, letters)
 
 

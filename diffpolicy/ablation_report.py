@@ -84,26 +84,32 @@ def conclusions(result: AblationResult, summaries: tuple[CellSummary, ...]) -> d
         ]
     else:
         said["In short"] = [
-            f'Against "{base.cell.label}", success: {_tally([c.verdict for _, c in compared])}; '
+            f"{_against(result, base.cell.label)}, success: {_tally([c.verdict for _, c in compared])}; "
             f"score: {_tally([c.score_verdict for _, c in compared])}; of {len(compared)} settings."
         ]
-        said["Supported differences"] = [_supported(label, base.cell.label, c) for label, c in supported] or [
-            f'No difference in success to "{base.cell.label}" is supported.'
+        said["Supported differences"] = [_supported(label, c.reference, c) for label, c in supported] or [
+            "No difference in success is supported."
         ]
         by_score = sorted((x for x in compared if x[1].score_supported), key=lambda x: -abs(x[1].score_difference))
-        said["Supported differences in score"] = [_score_supported(label, base.cell.label, c) for label, c in by_score]
-    said["Not told apart"] = [_untold(label, base.cell.label, c) for label, c in compared if c.verdict == UNTOLD]
+        said["Supported differences in score"] = [_score_supported(label, c.reference, c) for label, c in by_score]
+    said["Not told apart"] = [_untold(label, c.reference, c) for label, c in compared if c.verdict == UNTOLD]
     said["Not told apart in score"] = [
-        _score_untold(label, base.cell.label, c) for label, c in compared if c.score_verdict == UNTOLD
+        _score_untold(label, c.reference, c) for label, c in compared if c.score_verdict == UNTOLD
     ]
     said["Not paired"] = [
-        f'"{label}" and "{base.cell.label}" share no training seed or differ in start states, so no pairing is claimed and '
+        f'"{label}" and "{c.reference}" share no training seed or differ in start states, so no pairing is claimed and '
         f"no test is made: difference {_points_with(c.difference, c.interval)}, each side's episodes resampled alone."
         for label, c in compared
         if not c.paired
     ]
     said["What is not known"] = _unknown(summaries)
     return {heading: sentences for heading, sentences in said.items() if sentences}
+
+
+def _against(result: AblationResult, baseline: str) -> str:
+    """`Against "cosine"`, or what the sweep compares with."""
+    others = {result.references.get(cell.label, baseline) for cell in result.cells}
+    return f'Against "{baseline}"' if others == {baseline} else "Against the setting named with each"
 
 
 def _tally(verdicts: list[str]) -> str:
@@ -213,7 +219,8 @@ def _page(result: AblationResult, summaries: tuple[CellSummary, ...], figures: l
     )
     headers, rows = difference_table(result, summaries)
     if rows:
-        parts += [f"<h2>Differences to {_text(result.cells[result.baseline].label)}</h2>", _html_table(headers, rows)]
+        against = _against(result, result.cells[result.baseline].label)
+        parts += [f"<h2>Differences {_text(against.replace('Against', 'to', 1))}</h2>", _html_table(headers, rows)]
         parts.append(f"<p class=note>{_text(TEST_METHOD)}</p>")
     parts.append("<h2>Figures</h2>")
     for file, caption in figures:
@@ -250,7 +257,8 @@ TEST_METHOD = (
     "independent; p by start state counts a start once and is the one that is corrected for the number of comparisons (Holm). "
     f"A difference is supported when its corrected p is below {ALPHA} and its primary interval leaves out zero. Intervals are "
     "not corrected. Episodes needed: power 0.8, were the true difference the one seen. "
-    "Scores are tested in the same way, with random sign flips, and corrected apart."
+    "Scores are tested in the same way, with random sign flips; success and score are corrected "
+    "together. ms per call is measured while other jobs share the machine."
 )
 
 CSS = """

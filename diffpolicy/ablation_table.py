@@ -1,8 +1,8 @@
-"""A finished ablation in numbers: every cell with its intervals, its comparison with the baseline, and the tables of both.
+"""A finished ablation in numbers: every cell with its intervals, its comparison with another cell, and the tables of both.
 
-Success is the outcome that is tested: one exact test per cell against the baseline, p corrected for their number (Holm).
-Scores carry intervals only. Two settings are compared in pairs on the training seeds and the start states that both have
-played; cells with other start states are never called paired.
+A cell is compared with the baseline, or with the cell that the sweep's `compare` names, in pairs on the training seeds and the
+start states that both have played; cells with other start states are never called paired. Success and score are tested, and p
+is corrected for the number of all these tests (Holm).
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ BETTER, WORSE, UNTOLD, UNPAIRED = "better", "worse", "not told apart", "not pair
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A cell minus the baseline. Rates and scores are fractions, not points."""
+    """A cell minus its reference: the baseline, or the cell that the sweep names. Rates and scores are fractions, not points."""
 
+    reference: str
+    """Label of the other cell."""
     verdict: str
     """better, worse, not told apart, not paired."""
     paired: bool
@@ -60,7 +62,7 @@ class Comparison:
     start_p: float | None
     """Exact, a start state counts once; the same as McNemar's for one training seed."""
     holm_p: float | None
-    """start_p corrected for the number of comparisons with the baseline."""
+    """start_p corrected for the number of comparisons, of success and of score together."""
     needed: float | None
     """Paired episodes that would tell the two apart with power 0.8, were the true difference the one seen."""
     shown: float | None
@@ -71,7 +73,7 @@ class Comparison:
     score_p: float | None
     """Sign flips of the start states' mean differences; None where not paired, as the next two."""
     score_holm_p: float | None
-    """score_p corrected for the number of comparisons with the baseline; success and score are corrected apart."""
+    """score_p corrected likewise."""
     score_needed: float | None
     """Paired episodes that would tell the scores apart with power 0.8, were the true difference the one seen."""
 
@@ -107,21 +109,24 @@ class CellSummary:
 
 
 def summarise(result: AblationResult) -> tuple[CellSummary, ...]:
-    """All numbers of the report, once; tables and figures only show them."""
-    baseline = result.cells[result.baseline]
-    others = [cell for cell in result.cells if cell is not baseline]
-    tested = {cell.label: aligned for cell in others if (aligned := _aligned(cell, baseline))}
+    """All numbers of the report, once; tables and figures only show them.
+
+    Success and score of every comparison are corrected together: one family, twice as many questions as comparisons.
+    """
+    others = {cell.label: (cell, other) for cell in result.cells if (other := result.reference(cell))}
+    tested = {label: aligned for label, pair in others.items() if (aligned := _aligned(*pair))}
     start_p = [sign_flip_exact(a, b) for a, b in (aligned[:2] for aligned in tested.values())]
-    holm_p = dict(zip(tested, holm(start_p), strict=True))
     score_p = [sign_flip_sampled(a, b) for a, b in (aligned[2:4] for aligned in tested.values())]
-    score_holm_p = dict(zip(tested, holm(score_p), strict=True))
+    corrected = holm([*start_p, *score_p])
+    p_of = {label: (start_p[i], score_p[i], corrected[i], corrected[len(tested) + i]) for i, label in enumerate(tested)}
     compared = {
-        cell.label: _paired(*tested[cell.label], holm_p[cell.label], score_holm_p[cell.label], len(tested))
-        if cell.label in tested
-        else _unpaired(cell, baseline)
-        for cell in others
+        label: _paired(other.label, *tested[label], p_of[label], 2 * len(tested))
+        if label in tested
+        else _unpaired(cell, other)
+        for label, (cell, other) in others.items()
     }
-    return tuple(_summary(cell, compared.get(cell.label)) for cell in result.cells)
+    baseline = result.cells[result.baseline]
+    return tuple(_summary(cell, cell is baseline, compared.get(cell.label)) for cell in result.cells)
 
 
 def table_rows(result: AblationResult, summaries: tuple[CellSummary, ...]) -> list[dict[str, Any]]:
@@ -154,6 +159,7 @@ def table_rows(result: AblationResult, summaries: tuple[CellSummary, ...]) -> li
             "mcnemar_p": c and c.mcnemar_p,
             "start_p": c and c.start_p,
             "holm_p": c and c.holm_p,
+            "reference": c.reference if c else None,
             "verdict": c.verdict if c else "baseline",
             "score_p": c and c.score_p,
             "score_holm_p": c and c.score_holm_p,
@@ -234,10 +240,11 @@ def main_table(result: AblationResult, summaries: tuple[CellSummary, ...]) -> tu
 
 
 def difference_table(result: AblationResult, summaries: tuple[CellSummary, ...]) -> tuple[list[str], list[list[str]]]:
-    """(headers, rows of text): every other cell minus the baseline, success in points."""
+    """(headers, rows of text): every cell minus its reference, success in points."""
     has_labels = any(cell.labels for cell in result.cells)
     headers = [
-        "setting minus baseline",
+        "setting",
+        "minus",
         "success, points [95 %, these networks]",
         "[95 %, trained anew]",
         "McNemar p",
@@ -246,7 +253,7 @@ def difference_table(result: AblationResult, summaries: tuple[CellSummary, ...])
         "success",
         "episodes needed",
         "score [95 %, these networks]",
-        "Holm p",
+        "Holm p of score",
         "score",
     ]
     rows = []
@@ -257,6 +264,7 @@ def difference_table(result: AblationResult, summaries: tuple[CellSummary, ...])
         rows.append(
             [
                 s.cell.label,
+                c.reference,
                 f"{points(c.difference)} [{points(c.interval[0])}, {points(c.interval[1])}]",
                 f"[{points(c.anew[0])}, {points(c.anew[1])}]" if c.anew else "unknown",
                 *(p_value(p) for p in (c.mcnemar_p, c.start_p, c.holm_p)),
@@ -298,21 +306,23 @@ def _aligned(
 
 
 def _paired(
+    reference: str,
     a: np.ndarray,
     b: np.ndarray,
     a_scores: np.ndarray,
     b_scores: np.ndarray,
     seeds: tuple,
-    holm_p: float,
-    score_holm_p: float,
+    p_values: tuple[float, float, float, float],
     comparisons: int,
 ) -> Comparison:
+    start_p, score_p, holm_p, score_holm_p = p_values
     interval = paired_difference_interval(a, b)
     score_interval = paired_difference_interval(a_scores, b_scores)
     difference = float(a.mean() - b.mean())
     score_difference = float(a_scores.mean() - b_scores.mean())
     several = min(a.shape) > 1
     return Comparison(
+        reference=reference,
         verdict=_verdict(difference, interval, holm_p),
         paired=True,
         train_seeds=seeds,
@@ -324,12 +334,12 @@ def _paired(
         score_interval=score_interval,
         score_anew=_hull(crossed_difference_interval(a_scores, b_scores), score_interval) if several else None,
         mcnemar_p=mcnemar_exact(a, b),
-        start_p=sign_flip_exact(a, b),
+        start_p=start_p,
         holm_p=holm_p,
         needed=episodes_needed(a, b, alpha=ALPHA, comparisons=comparisons),
         shown=smallest_difference_shown(a, b, alpha=ALPHA, comparisons=comparisons),
         score_verdict=_verdict(score_difference, score_interval, score_holm_p),
-        score_p=sign_flip_sampled(a_scores, b_scores),
+        score_p=score_p,
         score_holm_p=score_holm_p,
         score_needed=episodes_needed(a_scores, b_scores, alpha=ALPHA, comparisons=comparisons),
     )
@@ -348,6 +358,7 @@ def _hull(anew: Interval, interval: Interval) -> Interval:
 
 def _unpaired(cell: CellResult, baseline: CellResult) -> Comparison:
     return Comparison(
+        reference=baseline.label,
         verdict=UNPAIRED,
         paired=False,
         train_seeds=cell.train_seeds,
@@ -370,11 +381,11 @@ def _unpaired(cell: CellResult, baseline: CellResult) -> Comparison:
     )
 
 
-def _summary(cell: CellResult, comparison: Comparison | None) -> CellSummary:
+def _summary(cell: CellResult, is_baseline: bool, comparison: Comparison | None) -> CellSummary:
     by_seed = cell.successes.mean(axis=1)
     return CellSummary(
         cell=cell,
-        is_baseline=comparison is None,
+        is_baseline=is_baseline,
         success=float(cell.successes.mean()),
         success_interval=clustered_wilson_interval(cell.successes),
         score=float(cell.scores.mean()),

@@ -33,7 +33,7 @@ from diffpolicy.spec import unknown_name
 
 RUN_SETTINGS = ("seeds", "episodes", "first_env_seed", "sampling_seed")
 """Keys of a sweep that `key=value` on the command line may change; every other key=value is a config key."""
-SPOKEN_ONLY = ("question", "expected_time")
+SPOKEN_ONLY = ("question", "expected_time", "compare")
 """Keys of a sweep that change no cell."""
 
 
@@ -60,6 +60,9 @@ class SweepConfig:
     """Seed of the policies' noise: an episode starts from the same noise in every cell."""
     baseline: dict | None = None
     """axis -> value: the first cell of these is what differences are taken to; None takes the first of all."""
+    compare: dict | None = None
+    """axis -> value: a cell's difference is taken to the cell that has this value and else the same settings, as every sampler to
+    DDIM at equal calls; to the baseline where there is no such cell."""
     oracle: dict | None = None
     """Keyword arguments of oracle.grade, as {problem: two_modes}; None leaves the exact test bench out."""
     collect: dict | None = None
@@ -157,7 +160,14 @@ def sweep_from_dict(plain: dict) -> SweepConfig:
             raise ValueError(f"a sweep needs {key!r}, got only {sorted(values)}")
     for key in ("name", "question", "expected_time"):
         values[key] = str(values.get(key, ""))
-    for key, kind in {"set": dict, "axes": dict, "baseline": dict, "oracle": dict, "collect": dict}.items():
+    for key, kind in {
+        "set": dict,
+        "axes": dict,
+        "baseline": dict,
+        "compare": dict,
+        "oracle": dict,
+        "collect": dict,
+    }.items():
         if key in values and not isinstance(values[key], kind):
             raise ValueError(f"{key} must be a section of `key: value` lines, got {values[key]!r}")
     values["base"] = tuple(map(str, _as_list(values["base"])))
@@ -176,6 +186,10 @@ def sweep_from_dict(plain: dict) -> SweepConfig:
         _check_rule("exclude", rule, sweep)
     if sweep.baseline is not None:
         _check_rule("baseline", sweep.baseline, sweep)
+    if sweep.compare is not None:
+        _check_rule("compare", sweep.compare, sweep)
+        if wrong := [axis for axis in sweep.compare if axis not in sweep.axes]:
+            raise ValueError(f"compare takes axes, got {wrong[0]!r}; one of {list(sweep.axes)}")
     return sweep
 
 

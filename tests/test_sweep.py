@@ -106,6 +106,7 @@ def test_baseline_is_the_first_cell_that_fits():
         ({"exclude": [{"process.shedule": "linear"}]}, "axis in exclude must be .* Did you mean 'process.schedule'"),
         ({"exclude": [{"process.schedule": "liner"}]}, "exclude: process.schedule must be .* Did you mean 'linear'"),
         ({"baseline": {"step": 4}}, "axis in baseline must be .* Did you mean 'steps'"),
+        ({"compare": {"step": 4}}, "axis in compare must be .* Did you mean 'steps'"),
         ({"axes": {"steps": {"a": 3}}}, "axes.steps.a must be .* got 3"),
         ({"axes": {"train.lr": 3}}, "axes.train.lr must be a list of values"),
         ({"axes": {"train.lr": [1, 1]}}, "axes.train.lr holds 1 twice"),
@@ -239,3 +240,27 @@ def test_sweep_file_that_is_not_there_gets_a_clear_line(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="not readable as YAML"):
         load_sweep(tmp_path / "broken.yaml")
+
+
+def test_cells_are_compared_with_the_same_settings_at_another_value():
+    from diffpolicy.ablation_cells import CellResult
+    from diffpolicy.ablation_plan import references_of
+
+    cells = [
+        CellResult(
+            label=f"{schedule} {steps}",
+            axes={"process.schedule": schedule, "steps": steps},
+            train_seeds=(0,),
+            env_seeds=(1,),
+            scores=[[0.5]],
+            successes=[[False]],
+            nfe=steps,
+            call_ms=1.0,
+        )
+        for schedule in ("cosine", "linear")
+        for steps in (4, 10)
+    ]
+    compared = references_of(cells, {"process.schedule": "cosine"})
+    assert compared == {"linear 4": "cosine 4", "linear 10": "cosine 10"}
+    assert references_of(cells[1:], {"process.schedule": "cosine"}) == {"linear 10": "cosine 10"}  # the other is missing
+    assert references_of(cells, {}) == {}
