@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from diffpolicy import __version__
 from diffpolicy.ablation_jobs import is_trained, write_json
 from diffpolicy.ablation_plan import Plan, collected_store
 from diffpolicy.quickstart import collect_demonstrations
@@ -84,7 +85,7 @@ def take_over_networks(plan: Plan) -> int:
         if folder.exists():  # trained here, or to be gone on with
             continue
         for other in sorted(plan.out.parent.glob(f"*/train/{run.train_hash}")):
-            if is_trained(other, steps):
+            if is_trained(other, steps) and _version_of(other) == __version__:
                 partial = folder.with_name(f".{folder.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.copytree(other, partial)
@@ -92,6 +93,14 @@ def take_over_networks(plan: Plan) -> int:
                 taken += 1
                 break
     return taken
+
+
+def _version_of(run: Path) -> str | None:
+    """The version of diffpolicy that began a run."""
+    try:
+        return json.loads((run / "environment.json").read_text())["diffpolicy"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
 
 
 @contextmanager

@@ -126,9 +126,21 @@ class DiffusionPolicy(nn.Module):
         return (error * batch.mask).sum() / batch.mask.sum()
 
     @torch.no_grad()
-    def sample(self, condition: Condition, *, num_samples: int = 1, generators: Generators = None) -> Tensor:
+    def sample(
+        self,
+        condition: Condition,
+        *,
+        num_samples: int = 1,
+        generators: Generators = None,
+        start: Tensor | None = None,
+        x_start: Tensor | None = None,
+    ) -> Tensor:
         """Chunks in physical units for an encoded observation.
 
+        Args:
+            start, x_start: begin somewhere else than in pure noise: times in [0, 1], (B * num_samples,) or (B * num_samples,
+                T_pred), and x there, (B * num_samples, T_pred, D_act), normalised and noised (`process.add_noise`). A time of 0
+                keeps what is given. Times per action need a denoiser that takes them.
         Returns:
             (B, T_pred, D_act), or (B, num_samples, T_pred, D_act) when num_samples > 1. With one generator per
             observation, its samples are drawn from it one after another.
@@ -139,8 +151,12 @@ class DiffusionPolicy(nn.Module):
             if generators is not None and not isinstance(generators, torch.Generator):
                 generators = [g for g in generators for _ in range(num_samples)]
         shape = (batch_size * num_samples, self.horizons.pred, self.spec.action_dim)
-        x_T = draw_noise(shape, self.device, generators)
-        x_0 = sample(self.process, self.denoise, x_T, condition, self.sampler, generators, plan=self.plan)
+        if (start is None) != (x_start is None):
+            raise ValueError("start (times) and x_start (chunks at these times) belong together; give both or neither")
+        if x_start is not None and tuple(x_start.shape) != shape:
+            raise ValueError(f"x_start must be (B * num_samples, T_pred, D_act) = {shape}, got {tuple(x_start.shape)}")
+        x_T = draw_noise(shape, self.device, generators) if x_start is None else x_start
+        x_0 = sample(self.process, self.denoise, x_T, condition, self.sampler, generators, plan=self.plan, start=start)
         chunk = self.normalizer.unnormalize(ACTION, x_0)
         return chunk if num_samples == 1 else chunk.unflatten(0, (batch_size, num_samples))
 

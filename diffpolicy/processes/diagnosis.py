@@ -157,6 +157,8 @@ def ignored_choices(config: SamplerConfig, name: str) -> list[str]:
     watched = {"eta", "scheduler"}
     if name in FIXED_PLANS:
         watched |= {"spacing", "timesteps", "final_sigma"}
+    if config.timesteps is not None:
+        watched |= {"spacing"}  # the list says where to look
     default = type(config)()
     return [
         f"sampler.{f.name}={getattr(config, f.name)}"

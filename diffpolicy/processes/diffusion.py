@@ -30,7 +30,7 @@ class DiffusionConfig:
     schedule: str = "cosine"
     """Noise schedule, a name in processes/schedules.py; or table, read from schedule_file."""
     schedule_file: str | None = None
-    """CSV file with the columns t,alpha_bar; its numbers are kept in `table`, so that a checkpoint needs no file."""
+    """CSV file with the columns t,alpha_bar; read once into `table`, so that neither a checkpoint nor a resumed run needs it."""
     table: tuple[tuple[float, float], ...] = ()
     """The (t, alpha_bar) pairs of schedule_file."""
     num_train_timesteps: int = 100
@@ -65,6 +65,10 @@ class DiffusionConfig:
         if self.schedule != "table" and (self.schedule_file is not None or self.table):
             raise ValueError(f"process.schedule_file is read by process.schedule=table, this is {self.schedule!r}")
         if self.schedule == "table":
+            if self.table and self.schedule_file is not None:
+                raise ValueError(
+                    f"process.table holds the numbers of an earlier file; add process.table=[] to read {self.schedule_file} instead"
+                )
             if not self.table:
                 if self.schedule_file is None:
                     raise ValueError(
@@ -72,14 +76,14 @@ class DiffusionConfig:
                     )
                 object.__setattr__(self, "table", read_schedule(self.schedule_file))
             object.__setattr__(self, "table", tuple((float(t), float(a)) for t, a in self.table))
+            object.__setattr__(self, "schedule_file", None)
             check_schedule_table(self.table)
-        if self.terminal_snr == "scaled" and self.schedule not in TUNED_FOR_1000:
+        if self.terminal_snr == "scaled" and (self.schedule not in TUNED_FOR_1000 or self.num_train_timesteps == 1000):
             # one setting, one name: an ablation sees at once that the two cells are the same
-            warnings.warn(
-                f"process.terminal_snr=scaled changes nothing: {self.schedule} does not depend on the number of steps; "
-                f"only {', '.join(TUNED_FOR_1000)} are scaled",
-                stacklevel=3,
-            )
+            why = f"{self.schedule} does not depend on the number of steps; only {', '.join(TUNED_FOR_1000)} are scaled"
+            if self.schedule in TUNED_FOR_1000:
+                why = f"{self.schedule} was made for 1000 steps"
+            warnings.warn(f"process.terminal_snr=scaled changes nothing: {why}", stacklevel=3)
             object.__setattr__(self, "terminal_snr", "as_is")
 
 
@@ -150,6 +154,12 @@ class Diffusion(nn.Module):
         return self.config.prediction_type
 
     @property
+    def exact_betas(self) -> Tensor:
+        """Noise that each step adds, (T,) float64 on the CPU, as diffusers' trained_betas."""
+        alpha_bar = self._exact[0]
+        return 1 - alpha_bar[1:] / alpha_bar[:-1]
+
+    @property
     def smallest_time(self) -> float:
         """Time of the least noise that was trained: the first step."""
         return 1 / self.num_train_timesteps
@@ -158,7 +168,12 @@ class Diffusion(nn.Module):
     def fit(self, x_0: Tensor) -> None:
         """Takes what the process needs to know of the data, from normalised actions (N, D_act): sigma_data, for edm."""
         if self.prediction_type == "edm" and self.config.sigma_data is None:
-            self.sigma_data.copy_(x_0.double().std(unbiased=False))
+            spread = x_0.double().std(unbiased=False)
+            if not spread > 0:
+                raise ValueError(
+                    "process.prediction_type=edm needs actions that vary; all recorded actions are the same"
+                )
+            self.sigma_data.copy_(spread)
 
     # --- training ---
 
@@ -169,11 +184,11 @@ class Diffusion(nn.Module):
             return (torch.randint(0, T, (batch_size,), device=device, generator=generator) + 1) / T
         u = 1 - torch.rand(batch_size, device=device, generator=generator)
         drawn = DENSITIES[self._density.name](u, *self._density.parameters)
-        t = drawn
-        if self._density.name in OF_LOG_SIGMA:
+        if self._density.name in OF_LOG_SIGMA:  # the step whose noise is nearest
             t = self._time_of_log_ratio(drawn, self._log_ratio[1:].to(drawn))
-        # the step whose interval ((k)/T, (k+1)/T] holds t; rounding up keeps pure noise among the training times
-        return (t.float() * T).ceil().clamp(1, T) / T
+            return (t.float() * T).round().clamp(1, T) / T
+        # the step whose interval (k/T, (k+1)/T] holds t; rounding up keeps pure noise among the training times
+        return (drawn.float() * T).ceil().clamp(1, T) / T
 
     def _time_of_log_ratio(self, log_ratio: Tensor, table: Tensor) -> Tensor:
         """The time at which log(sigma / alpha) is this; table holds it at the T steps, straight between two of them."""
@@ -194,7 +209,10 @@ class Diffusion(nn.Module):
         return torch.where((k - nearest).abs() < 1e-3, nearest, k)
 
     def network_time(self, t: Tensor) -> Tensor:
-        """What the network's time embedding sees: the step 0 .. T - 1, as Diffusion Policy; fractions between two steps."""
+        """What the network's time embedding sees: the step 0 .. T - 1, as Diffusion Policy; fractions between two steps.
+
+        For edm too, where Karras et al. 2022 feed log(sigma) / 4: the step is a rising function of it.
+        """
         return self.step_index(t).to(torch.get_default_dtype())
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:

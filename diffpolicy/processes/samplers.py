@@ -118,20 +118,23 @@ class Plan:
 
 
 def run_plan(plan: Plan, denoise: Denoise, x_T: Tensor, condition: Condition, generators: Generators = None) -> Tensor:
-    """Noise x_T (B, T_pred, D_act) -> x_0, normalised. Fresh noise comes from `noise_generators(generators)`."""
+    """Noise x_T (B, T_pred, D_act) -> x_0, normalised. Fresh noise comes from `noise_generators(generators)`.
+
+    All of it is drawn before the loop: generators may live on the host, and the loop must not wait for it.
+    """
     x = x_T if plan.start == 1 else x_T * plan.start
     anchor, answers = x, []
-    fresh = None
-    for step in plan.steps:
+    fresh = noise_generators(generators) if any(step.noise for step in plan.steps) else None
+    noise = [draw_noise(x.shape, x.device, fresh) if step.noise else None for step in plan.steps]
+    for step, z in zip(plan.steps, noise, strict=True):
         t = torch.full((len(x),), step.t, device=x.device)
         answers = [denoise(x, t, condition), *answers[:2]]
         seen = (x, anchor, *answers)
         x = _combined(step.x, seen)
         if step.anchor is not None:
             anchor = _combined(step.anchor, seen)
-        if step.noise:
-            fresh = noise_generators(generators) if fresh is None else fresh
-            x = x + step.noise * draw_noise(x.shape, x.device, fresh)
+        if z is not None:
+            x = x + step.noise * z
     return x
 
 

@@ -38,7 +38,7 @@ def make_scheduler(process: Diffusion, config: SamplerConfig) -> Any:
         raise ValueError(f"sampler.num_inference_steps must be in [1, process.num_train_timesteps = {T}], got {N}")
     choices = {
         "num_train_timesteps": process.num_train_timesteps,
-        "trained_betas": (1 - process._exact[0][1:] / process._exact[0][:-1]).numpy(),
+        "trained_betas": process.exact_betas.numpy(),
         "prediction_type": "sample",
         "timestep_spacing": config.spacing,
         "use_karras_sigmas": config.spacing == "karras",

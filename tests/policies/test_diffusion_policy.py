@@ -333,3 +333,22 @@ def test_network_that_knows_the_answer_has_no_loss_and_samples_it(make_policy, p
     batch = Batch(observation(4), actions, torch.ones(4, 8, dtype=torch.bool), torch.arange(4))
     assert policy.compute_loss(batch).item() < 1e-8
     torch.testing.assert_close(policy.sample_actions(observation(4)), actions, atol=1e-3, rtol=0)
+
+
+def test_a_chunk_may_start_from_a_noised_guess(tiny_policy):
+    """Half-noised, a guess decides more of the chunk than pure noise does; without noise it is the chunk."""
+    policy = tiny_policy
+    condition = policy.encode(
+        {k: torch.zeros(2, policy.horizons.obs, *policy.spec.fields[k].shape) for k in policy.spec.state_keys}
+    )
+    guess = torch.full((2, policy.horizons.pred, policy.spec.action_dim), 0.25)
+    kept = policy.sample(condition, start=torch.zeros(2), x_start=guess)
+    torch.testing.assert_close(kept, policy.normalizer.unnormalize("action", guess))
+    noise = torch.randn(guess.shape, generator=torch.Generator().manual_seed(0))
+    whole = policy.sample(condition, start=torch.ones(2), x_start=noise)
+    plain = policy.sample(condition, generators=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(whole, plain, atol=1e-3, rtol=1e-4)
+    with pytest.raises(ValueError, match="belong together"):
+        policy.sample(condition, start=torch.ones(2))
+    with pytest.raises(ValueError, match=r"x_start must be \(B \* num_samples, T_pred, D_act\)"):
+        policy.sample(condition, start=torch.ones(2), x_start=noise[:, :1])
