@@ -234,3 +234,30 @@ def test_tables_follow_the_device_but_are_not_saved():
 def test_unknown_choice_is_refused_with_the_nearest(choices, message):
     with pytest.raises(ValueError, match=message):
         DiffusionConfig(**choices)
+
+
+def test_scaled_is_as_is_where_the_betas_were_made_for_so_many_steps():
+    with pytest.warns(UserWarning, match="terminal_snr=scaled changes nothing: linear was made for 1000 steps"):
+        config = DiffusionConfig(schedule="linear", num_train_timesteps=1000, terminal_snr="scaled")
+    assert config == DiffusionConfig(schedule="linear", num_train_timesteps=1000)
+
+
+def test_a_new_schedule_file_never_gives_way_silently_to_an_old_table(tmp_path):
+    (tmp_path / "new.csv").write_text("t,alpha_bar\n0,1\n1,0.5\n")
+    old = ((0.0, 1.0), (1.0, 0.01))
+    with pytest.raises(ValueError, match=r"process.table holds the numbers of an earlier file; add process.table=\[\]"):
+        DiffusionConfig(schedule="table", table=old, schedule_file=str(tmp_path / "new.csv"))
+
+
+def test_edm_refuses_actions_that_never_vary():
+    process = Diffusion(DiffusionConfig(prediction_type="edm"))
+    with pytest.raises(ValueError, match="edm needs actions that vary"):
+        process.fit(torch.zeros(100, 2))
+
+
+def test_log_normal_times_have_their_mean_on_a_coarse_schedule_too():
+    """Rounding to the nearest step in log(sigma), not up: with ten steps, up would add .4."""
+    process = Diffusion(DiffusionConfig(num_train_timesteps=10, time_density="log_normal(-0.2, 0.8)"))
+    t = process.sample_time(50_000, torch.device("cpu"), torch.Generator().manual_seed(0))
+    alpha, sigma = process.levels(t.double())
+    assert (sigma / alpha).log().mean().item() == pytest.approx(-0.2, abs=0.05)
