@@ -59,7 +59,7 @@ HEAT_CAPTION = (
     "Success in percent, with its 95 % interval (Wilson), over the two axes of the sweep. Hatched: no result."
 )
 DIFFERENCES_CAPTION = (
-    "Success minus that of the reference, in points, on the same start states. Thick bar: 95 % interval for these networks "
+    "Success in points and score minus those of the reference, on the same start states. Thick bar: 95 % interval for these networks "
     "(bootstrap over start states). Thin bar with caps: for networks trained anew. Filled mark: supported after correction "
     "for the number of comparisons (Holm); hollow mark: not told apart."
 )
@@ -203,36 +203,48 @@ def heat_map(result: AblationResult, summaries: tuple[CellSummary, ...]) -> Figu
 
 
 def differences(result: AblationResult, summaries: tuple[CellSummary, ...]) -> Figure:
-    """Figure 4: every paired difference in success to the baseline, with both intervals and the corrected verdict."""
+    """Figure 4: every paired difference, of success and of score, with both intervals and the corrected verdicts."""
     from matplotlib.figure import Figure
 
     compared = [s for s in summaries if s.comparison and s.comparison.paired]
     letters = problem_letters([s.cell for s in compared])
     ticks = [_tick(s.cell, letters, False) for s in compared]
-    if len({s.comparison.reference for s in compared}) > 1:
-        ticks = [f"{tick} - {s.comparison.reference}" for tick, s in zip(ticks, compared, strict=True)]
-    figure = Figure(figsize=(9, 1.6 + _height(ticks)), layout="constrained")
-    panel = figure.subplots()
-    panel.axvline(0, color="0.3", lw=1)
+    others = {s.comparison.reference for s in compared}
+    if len(others) > 1:
+        ticks = [
+            f"{tick}\nminus {_wrapped(s.comparison.reference, 60)}" for tick, s in zip(ticks, compared, strict=True)
+        ]
+    figure = Figure(figsize=(13, 1.6 + _height(ticks)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     rows = np.arange(len(compared))[::-1]
     for y, s in zip(rows, compared, strict=True):
         c = s.comparison
-        colour = {"better": COLOURS[0], "worse": COLOURS[1]}.get(c.verdict, "0.35")
-        if c.anew:
-            panel.plot([100 * end for end in c.anew], [y, y], "|-", color=colour, lw=0.8, ms=6)
-        panel.plot([100 * end for end in c.interval], [y, y], color=colour, lw=3.2, alpha=0.75, solid_capstyle="butt")
-        marker = {"better": "^", "worse": "v"}.get(c.verdict, "o")
-        panel.plot(100 * c.difference, y, marker, color=colour, mfc=colour if c.supported else "white", ms=7, zorder=3)
-        verdict = f"{c.verdict}, corrected p {'' if c.holm_p < 1e-4 else '= '}{p_value(c.holm_p)}"
-        panel.text(1.01, y, verdict, transform=panel.get_yaxis_transform(), va="center", fontsize=8)
-    panel.set_yticks(rows, ticks)
-    panel.set_ylim(-0.7, len(compared) - 0.3)
-    panel.set_xlabel("difference in success, percentage points")
-    panel.grid(axis="x", alpha=0.3)
-    others = {s.comparison.reference for s in compared}
-    to = textwrap.shorten(others.pop(), 60, placeholder=" ...") if len(others) == 1 else "the setting named with each"
-    panel.set_title(f"Success minus that of {to}, 95 % intervals", fontsize=10, loc="left")
+        _difference(panels[0], y, 100, c.difference, c.interval, c.anew, c.verdict, c.holm_p)
+        _difference(
+            panels[1], y, 1, c.score_difference, c.score_interval, c.score_anew, c.score_verdict, c.score_holm_p
+        )
+    panels[0].set_yticks(rows, ticks)
+    for panel, label in zip(panels, ("difference in success, percentage points", "difference in score"), strict=True):
+        panel.axvline(0, color="0.3", lw=1, zorder=0)
+        panel.set_ylim(-0.7, len(compared) - 0.3)
+        panel.set_xlabel(label)
+        panel.grid(axis="x", alpha=0.3)
+    to = textwrap.shorten(others.pop(), 60, placeholder=" ...") if len(others) == 1 else "the setting named with it"
+    figure.suptitle(f"Every setting minus {to}, 95 % intervals", fontsize=10)
     return _explain(figure, letters)
+
+
+def _difference(panel: Axes, y: float, scale: float, value, interval, anew, verdict: str, p: float) -> None:
+    """One row: the primary interval thick, the one for networks trained anew thin, the verdict beside it."""
+    colour = {"better": COLOURS[0], "worse": COLOURS[1]}.get(verdict, "0.35")
+    if anew:
+        panel.plot([scale * end for end in anew], [y, y], "|-", color=colour, lw=0.8, ms=6)
+    panel.plot([scale * end for end in interval], [y, y], color=colour, lw=3.2, alpha=0.75, solid_capstyle="butt")
+    marker = {"better": "^", "worse": "v"}.get(verdict, "o")
+    filled = colour if marker != "o" else "white"
+    panel.plot(scale * value, y, marker, color=colour, mfc=filled, ms=7, zorder=3)
+    said = f"{verdict}, p {'' if p < 1e-4 else '= '}{p_value(p)}"
+    panel.text(1.01, y, said, transform=panel.get_yaxis_transform(), va="center", fontsize=8)
 
 
 def varying_axes(result: AblationResult) -> list[str]:
