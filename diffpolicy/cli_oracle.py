@@ -26,6 +26,7 @@ DEFAULTS = {
     "prediction_type": ("",),
     "terminal_snr": ("as_is",),
     "num_train_timesteps": (100,),
+    "shift": ("",),
 }
 """Choices of processes that are combined where the command names none; "" leaves the process's own default."""
 DEFAULT_SAMPLERS = {"diffusion": ("ddim", "dpmpp_2m"), "flow": ("euler",)}
@@ -34,6 +35,7 @@ OPTIONS = {
     "prediction_type": "--prediction",
     "terminal_snr": "--terminal-snr",
     "num_train_timesteps": "--timesteps-train",
+    "shift": "--shift",
 }
 """Fields of a process's config -> the options that set them."""
 NAMED_IN_TABLE = {
@@ -42,8 +44,11 @@ NAMED_IN_TABLE = {
     "prediction_type": "predicts",
     "terminal_snr": "terminal SNR",
     "num_train_timesteps": "T",
+    "shift": "shift",
     "sampler.name": "sampler",
     "sampler.spacing": "spacing",
+    "sampler.eta": "eta",
+    "sampler.temperature": "temperature",
 }
 """Choices that tell settings apart, as columns and in legends; the number of steps is a column of its own, NFE."""
 
@@ -76,7 +81,23 @@ def oracle(
     timesteps_train: Annotated[
         str | None, typer.Option(help="Training steps T of a diffusion. Default: 100.", show_default=False)
     ] = None,
+    shift: Annotated[
+        str | None, typer.Option(help="Noise over signal is multiplied by these.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="CSV file with the columns t,alpha_bar: the schedule `table`.", show_default=False),
+    ] = None,
     clip: Annotated[str, typer.Option(help="Clip x_0 to +- this, or `none`.")] = "1.0",
+    sampler_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sampler-option",
+            metavar="KEY=VALUE",
+            help="Further setting of every sampler, may be repeated: eta=1.0, final_sigma=sigma_min.",
+            show_default=False,
+        ),
+    ] = None,
     problem: Annotated[
         str, typer.Option(help="What is sampled: two_modes, one_gaussian, ring or detour.")
     ] = "two_modes",
@@ -119,10 +140,12 @@ def oracle(
         raise ValueError(f"--csv must name a file, got the folder {csv_file}")
     predictions = dict.fromkeys((*diffusion.PREDICTION_TYPES, *flow.PREDICTION_TYPES))
     asked = {
-        "schedule": _names("--schedule", schedule, SCHEDULES),
+        "schedule": _names("--schedule", schedule, [*SCHEDULES, *(["table"] if file else [])])
+        or (("table",) if file else ()),
         "prediction_type": _names("--prediction", prediction, predictions),
         "terminal_snr": _names("--terminal-snr", terminal_snr, TERMINAL_SNRS),
         "num_train_timesteps": _counts("--timesteps-train", timesteps_train),
+        "shift": _numbers("--shift", shift),
     }
     settings, skipped = combine(
         _names("--process", process, PROCESSES) or DEFAULTS["process"],
@@ -131,6 +154,8 @@ def oracle(
         spacings=_names("--spacing", spacing, SPACINGS) or ("trailing",),
         steps=_counts("--steps", steps, needed=True),
         clip_sample=_limit(clip),
+        schedule_file=file,
+        sampler_options=sampler_option or [],
     )
     console = Console()
     if not settings:
@@ -161,15 +186,21 @@ def combine(
     spacings: Sequence[str],
     steps: Sequence[int],
     clip_sample: float | None,
+    schedule_file: Path | None = None,
+    sampler_options: Sequence[str] = (),
 ) -> tuple[list[tuple[Process, SamplerConfig]], list[str]]:
     """Every combination that can be sampled, and a line for every reason why others cannot, or equal an earlier one.
 
     Args:
         asked: field of a process's config -> values; empty for the defaults. A process without the field is taken once.
         samplers: names; empty for those of DEFAULT_SAMPLERS.
+        schedule_file: of the schedule `table`.
+        sampler_options: further settings of every sampler, as `eta=1.0`.
     """
+    from diffpolicy.config import changed_sampler
     from diffpolicy.processes import PROCESSES, SamplerConfig, make_plan, resolve_sampler
 
+    further = changed_sampler(SamplerConfig(), sampler_options)  # says what is wrong with them, once
     settings, seen = [], {}
     skipped: dict[str, list[str]] = {}  # reason -> settings, so that a reason is said once
     for name in processes:
@@ -182,6 +213,8 @@ def combine(
         for values in itertools.product(*choices.values()):
             chosen = {key: value for key, value in zip(choices, values, strict=True) if value != ""}
             spoken = " ".join(map(str, (name, *chosen.values())))
+            if chosen.get("schedule") == "table":
+                chosen["schedule_file"] = str(schedule_file)
             try:
                 with warnings.catch_warnings(record=True):  # the labels of a grade say the same
                     process = process_class(config_class(**chosen))
@@ -194,8 +227,8 @@ def combine(
             seen[name, process.config] = spoken
             names = samplers or DEFAULT_SAMPLERS.get(name, ("auto",))
             for sampler_name, spacing, num_steps in itertools.product(names, spacings, steps):
-                config = SamplerConfig(
-                    name=sampler_name, spacing=spacing, num_inference_steps=num_steps, clip_sample=clip_sample
+                config = dataclasses.replace(
+                    further, name=sampler_name, spacing=spacing, num_inference_steps=num_steps, clip_sample=clip_sample
                 )
                 words = f"{spoken} {sampler_name} {spacing} {num_steps}"
                 try:
@@ -233,6 +266,17 @@ def _counts(option: str, text: str | None, needed: bool = False) -> tuple[int, .
             f"{option} must be whole numbers from 1 with commas between them, such as 4,8,16, got {text!r}"
         )
     return tuple(dict.fromkeys(int(name) for name in names))
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...]:
+    """Positive numbers between commas."""
+    try:
+        numbers = tuple(dict.fromkeys(float(name) for name in _names(option, text, None)))
+    except ValueError:
+        numbers = (0.0,)
+    if not all(0 < number < float("inf") for number in numbers):
+        raise ValueError(f"{option} must be positive numbers with commas between them, such as 1,3, got {text!r}")
+    return numbers
 
 
 def _limit(text: str) -> float | None:

@@ -146,3 +146,26 @@ def test_an_error_of_the_network_is_in_the_title():
 def test_wrong_names_are_errors_with_the_nearest_right_one(arguments, message):
     with pytest.raises(ValueError, match=message):
         run(*QUICK, *arguments)
+
+
+def test_shift_a_table_of_ones_own_and_settings_of_the_sampler_are_graded(tmp_path):
+    (tmp_path / "mine.csv").write_text("t,alpha_bar\n0,1\n0.5,0.5\n1,0.0001\n")
+    common = ("--process", "diffusion", "--steps", "4", "--samples", "64", "--csv", tmp_path / "o.csv")
+    run(*common, "--file", tmp_path / "mine.csv", "--shift", "1,3", "--sampler", "ddim", "--sampler-option", "eta=1.0")
+    with open(tmp_path / "o.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [r["schedule"] for r in rows] == ["table", "table"] and [float(r["shift"]) for r in rows] == [1, 3]
+    assert {float(r["sampler.eta"]) for r in rows} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shift", "0"], "--shift must be positive numbers"),
+        (["--sampler-option", "etta=1"], "config key 'sampler.etta' must be one of .* Did you mean 'eta'"),
+        (["--schedule", "table"], "--schedule must be one of"),
+    ],
+)
+def test_slip_in_a_further_choice_is_named(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        run(*arguments)
