@@ -314,8 +314,10 @@ def _place(cell: CellResult, axis: str, against_calls: bool) -> float:
 
 def _beside(x: np.ndarray, line: int, num_lines: int, xs: np.ndarray, logarithmic: bool) -> np.ndarray:
     """Lines a little beside each other, so that their intervals can be told apart."""
-    shift = (line - (num_lines - 1) / 2) * min(0.012, 0.1 / num_lines)
-    return x * (xs.max() / xs.min()) ** shift if logarithmic else x + shift * (xs.max() - xs.min())
+    places = np.unique(np.log(xs) if logarithmic else xs)
+    gap = np.diff(places).min() if len(places) > 1 else 0.0  # together never more than a fifth of the way to the next place
+    shift = (line - (num_lines - 1) / 2) / num_lines * min(0.2 * gap, 0.06 * float(np.ptp(places)))
+    return x * np.exp(shift) if logarithmic else x + shift
 
 
 def _key(value: AxisValue) -> tuple[str, str]:
