@@ -55,12 +55,15 @@ def save_policy(
     try:
         partial.mkdir()
         save_file({k: v.detach().cpu().contiguous() for k, v in policy.state_dict().items()}, partial / WEIGHTS)
+        plain = config.to_dict()
+        if (architecture := getattr(policy.encoder, "architecture", None)) is not None:
+            plain["encoder"]["architecture"] = architecture  # so that loading needs neither network nor the first weights
         described = {
             "format_version": FORMAT_VERSION,
             "diffpolicy_version": __version__,
             "step": step,
             "metrics": metrics or {},
-            "config": config.to_dict(),
+            "config": plain,
             "spec": dataclasses.asdict(policy.spec),
             "num_parameters": sum(p.numel() for p in policy.parameters()),
         }

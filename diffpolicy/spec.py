@@ -167,6 +167,8 @@ class ConditionSpec:
     """L, number of tokens."""
     token_dim: int
     """Width of one token."""
+    num_timeless: int = 0
+    """How many tokens, the last of the L, are no observed frame: words, patches. The others are frames, oldest first."""
 
 
 @dataclass
@@ -176,7 +178,7 @@ class Condition:
     global_cond: Tensor
     """(B, D_cond)"""
     tokens: Tensor
-    """(B, L, D_token): one token per observed frame for the state and resnet encoders."""
+    """(B, L, D_token): one token per observed frame, then those that are none (ConditionSpec.num_timeless)."""
 
     def repeat(self, num_samples: int) -> Condition:
         """The same condition for num_samples chunks of each observation: (B * num_samples, ...)."""

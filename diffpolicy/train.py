@@ -147,10 +147,12 @@ def train(
     if wandb_project is not None:
         loggers.append(_wandb_logger(wandb_project, run))
     _quiet_lightning()
+    # A denoiser that sees the global vector only leaves the projections of words and patches without gradients.
+    strategy = "ddp_find_unused_parameters_true" if policy.encoder.cond.num_timeless else "ddp"
     trainer = L.Trainer(
         accelerator={"cuda": "gpu"}.get(device, device),
         devices=num_devices,
-        strategy="auto" if num_devices == 1 else "ddp",
+        strategy="auto" if num_devices == 1 else strategy,
         precision={
             "auto": "bf16-mixed" if device == "cuda" else "32-true",
             "32": "32-true",
@@ -311,7 +313,7 @@ class Keeper(L.Callback):
         for window in windows:  # a window with a number that is not finite explains it
             batch = self.windows.batch(torch.tensor([window]))
             for key, value in [*batch.obs.items(), (ACTION, batch.actions)]:
-                if arrays[key].is_floating_point() and not torch.isfinite(value).all():
+                if key in arrays and arrays[key].is_floating_point() and not torch.isfinite(value).all():
                     raise FloatingPointError(
                         f"loss is {loss} at step {step}: {key} is not finite in {self.windows.describe(window)}; "
                         f"see `diffpolicy data validate {self.config.data.path}`"

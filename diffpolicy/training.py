@@ -239,7 +239,7 @@ class PolicyModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.policy, self.config.weight_decay),
+            parameter_groups(self.policy, self.config.weight_decay, lr=self.config.lr),
             lr=self.config.lr,
             betas=tuple(self.config.betas),
             # under fp16 a fused optimiser would unscale the gradients itself, after they were clipped
@@ -252,12 +252,22 @@ class PolicyModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def parameter_groups(policy: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: with weight decay, and without it where the denoiser says so (`no_weight_decay`)."""
+def parameter_groups(policy: nn.Module, weight_decay: float, *, lr: float) -> list[dict]:
+    """Two groups: with weight decay, and without it where the denoiser says so (`no_weight_decay`).
+
+    Where the encoder wants another learning rate for some of its parameters (`lr_scales`), each such rate has two groups of
+    its own behind them, as a factor on `lr`.
+    """
     exempt = {f"denoiser.{name}" for name in policy.denoiser.no_weight_decay()}
+    wanted = getattr(policy.encoder, "lr_scales", dict)()
+    scales = {f"encoder.{name}": scale for name, scale in wanted.items() if scale != 1.0}
     named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if name not in exempt], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0},
-    ]
+    groups = []
+    for scale in (1.0, *sorted(set(scales.values()))):
+        members = [(name, p) for name, p in named if scales.get(name, 1.0) == scale]
+        rate = {} if scale == 1.0 else {"lr": lr * scale}
+        groups += [
+            {"params": [p for name, p in members if name not in exempt], "weight_decay": weight_decay, **rate},
+            {"params": [p for name, p in members if name in exempt], "weight_decay": 0.0, **rate},
+        ]
     return [group for group in groups if group["params"]]

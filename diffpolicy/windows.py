@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffpolicy.replay import ReplayBuffer
-from diffpolicy.spec import ACTION, IMAGES, Batch, DataSpec, FieldSpec, Horizons, KeySelection
+from diffpolicy.spec import ACTION, IMAGES, TASK, Batch, DataSpec, FieldSpec, Horizons, KeySelection
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,17 @@ def read_role(
 class WindowDataset:
     """Windows gathered by index from tensors in RAM or on the GPU: T_obs frames, never T_pred frames; no copies, no workers."""
 
-    def __init__(self, arrays: dict[str, Tensor], indices: WindowIndices, horizons: Horizons):
+    def __init__(
+        self,
+        arrays: dict[str, Tensor],
+        indices: WindowIndices,
+        horizons: Horizons,
+        *,
+        episode_tasks: Sequence[str] | None = None,
+    ):
+        """episode_tasks: the instruction of every episode of the store, "" for none; it stands in obs["task"]."""
         self.arrays = arrays
+        self.episode_tasks = episode_tasks
         self.indices = indices
         self.horizons = horizons
         self._now, self._start, self._last = (
@@ -137,12 +146,15 @@ class WindowDataset:
 
     def batch(self, window: Tensor) -> Batch:
         """The windows with these indices (B,), as one Batch in physical units."""
+        tasks = {}
+        if self.episode_tasks is not None:  # before the indices go to the device: words are looked up on the CPU
+            tasks[TASK] = [self.episode_tasks[episode] for episode in self.indices.episode[window.cpu().numpy()]]
         window = window.to(self._now.device)
         now, start, last = (x[window, None] for x in (self._now, self._start, self._last))  # (B, 1)
         obs_rows = torch.minimum(torch.maximum(now + self._obs_offsets, start), last)  # (B, T_obs)
         wanted = now + self._action_offsets  # (B, T_pred)
         action_rows = torch.minimum(torch.maximum(wanted, start), last)
-        obs = {key: array[obs_rows] for key, array in self.arrays.items() if key != ACTION}
+        obs = {key: array[obs_rows] for key, array in self.arrays.items() if key != ACTION} | tasks
         return Batch(obs=obs, actions=self.arrays[ACTION][action_rows], mask=wanted == action_rows, window=window)
 
     def describe(self, window: int) -> str:
@@ -177,8 +189,14 @@ def load_windows(
         fields[role] = FieldSpec(shape=array.shape[1:], dtype=str(array.dtype), names=names, units=known.units)
     spec = DataSpec(fields=fields, fps=buffer.fps, tasks=buffer.tasks)
     tensors = {role: torch.from_numpy(np.ascontiguousarray(array)) for role, array in arrays.items()}
+    episode_tasks = [buffer.episode_task(i) for i in range(len(buffer.episode_ends))] if buffer.tasks else None
     datasets = [
-        WindowDataset(dict(tensors), window_indices(buffer.episode_ends, horizons, episodes=split), horizons)
+        WindowDataset(
+            dict(tensors),
+            window_indices(buffer.episode_ends, horizons, episodes=split),
+            horizons,
+            episode_tasks=episode_tasks,
+        )
         for split in splits
     ]
     return datasets, spec

@@ -42,7 +42,7 @@ HEIGHT = {module: height for height, layer in enumerate(LAYERS) for module in la
 
 ROOMS = {
     "zarr": {"replay", "importers", "validation"},
-    "open_clip": {"encoders/clip"},
+    "open_clip": {"encoders/clip_towers"},
     "diffusers": {"processes"},
     "lightning": {"training", "train"},
     "omegaconf": set().union(*LAYERS[HEIGHT["config"] :]),

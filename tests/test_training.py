@@ -158,7 +158,7 @@ def test_more_validation_windows_than_there_are_show_each_once(dataset):
 
 def test_weight_decay_spares_what_the_denoiser_exempts(tiny_store):
     module, _ = module_for(tiny_store, denoiser=TRANSFORMER)
-    decayed, spared = parameter_groups(module.policy, 0.1)
+    decayed, spared = parameter_groups(module.policy, 0.1, lr=1e-3)
     exempt = module.policy.denoiser.no_weight_decay()
     assert exempt and (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     named = dict(module.policy.denoiser.named_parameters())
@@ -170,7 +170,7 @@ def test_weight_decay_spares_what_the_denoiser_exempts(tiny_store):
 def test_frozen_parameters_are_not_handed_to_the_optimiser(tiny_store):
     module, _ = module_for(tiny_store)
     frozen = next(module.policy.denoiser.parameters()).requires_grad_(False)
-    groups = parameter_groups(module.policy, 0.1)
+    groups = parameter_groups(module.policy, 0.1, lr=1e-3)
     assert all(p is not frozen for group in groups for p in group["params"])
 
 

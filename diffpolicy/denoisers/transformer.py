@@ -53,16 +53,17 @@ def causal_mask(pred_horizon: int) -> Tensor:
     return torch.zeros(pred_horizon, pred_horizon).masked_fill(~may_look, float("-inf"))
 
 
-def memory_mask(pred_horizon: int, num_tokens: int) -> Tensor:
+def memory_mask(pred_horizon: int, num_tokens: int, num_timeless: int = 0) -> Tensor:
     """Action t sees the diffusion time, and observation s - 1 where t >= s - 1; (T_pred, 1 + L), to be added.
 
-        L = 2     time  obs 0  obs 1
-        action 0    0     0     -inf
-        action 1    0     0      0
+        L = 3     time  obs 0  obs 1  words (num_timeless = 1)
+        action 0    0     0     -inf    0
+        action 1    0     0      0      0
     """
     t = torch.arange(pred_horizon)[:, None]
     s = torch.arange(1 + num_tokens)[None, :]  # token 0 is the diffusion time
-    return torch.zeros(pred_horizon, 1 + num_tokens).masked_fill(t < s - 1, float("-inf"))
+    later = (t < s - 1) & (s <= num_tokens - num_timeless)
+    return torch.zeros(pred_horizon, 1 + num_tokens).masked_fill(later, float("-inf"))
 
 
 class Attention(nn.Module):
@@ -182,7 +183,8 @@ class DiffusionTransformer(nn.Module):
         self.head = nn.Linear(width, action_dim)
         # Buffers, as in the reference's checkpoints; None where nothing is masked.
         self.register_buffer("mask", causal_mask(pred_horizon) if config.causal else None)
-        self.register_buffer("memory_mask", memory_mask(pred_horizon, cond.num_tokens) if config.causal else None)
+        hidden = memory_mask(pred_horizon, cond.num_tokens, cond.num_timeless) if config.causal else None
+        self.register_buffer("memory_mask", hidden)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

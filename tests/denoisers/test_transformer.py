@@ -38,6 +38,11 @@ def test_memory_mask_of_three_actions_and_time_and_two_observations():
     assert torch.equal(memory_mask(3, 2), want)
 
 
+def test_memory_mask_shows_tokens_of_no_frame_to_every_action():
+    want = torch.tensor([[0, 0, float("-inf"), 0, 0], [0, 0, 0, 0, 0]])  # time, two frames, two tokens of no frame
+    assert torch.equal(memory_mask(2, 4, num_timeless=2), want)
+
+
 def test_memory_mask_hides_observations_later_than_the_action():
     want = torch.tensor([[0, 0, -INF, -INF], [0, 0, 0, -INF]])
     assert torch.equal(memory_mask(2, 3), want)

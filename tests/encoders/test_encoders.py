@@ -8,7 +8,11 @@ import torch
 from diffpolicy.encoders import ENCODERS
 from diffpolicy.spec import DataSpec, FieldSpec
 
-SMALL = {"state": {"hidden_dims": (8,), "output_dim": 5}, "resnet": {"feature_dim": 8, "num_keypoints": 4}}
+SMALL = {
+    "state": {"hidden_dims": (8,), "output_dim": 5},
+    "resnet": {"feature_dim": 8, "num_keypoints": 4},
+    "clip": {"image": "patch_tokens", "token_dim": 16},
+}
 """Choices that make a member small and trainable; a new member without an entry is tested with its defaults."""
 SPEC = DataSpec(
     fields={
