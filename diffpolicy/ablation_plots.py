@@ -315,7 +315,9 @@ def _place(cell: CellResult, axis: str, against_calls: bool) -> float:
 def _beside(x: np.ndarray, line: int, num_lines: int, xs: np.ndarray, logarithmic: bool) -> np.ndarray:
     """Lines a little beside each other, so that their intervals can be told apart."""
     places = np.unique(np.log(xs) if logarithmic else xs)
-    gap = np.diff(places).min() if len(places) > 1 else 0.0  # together never more than a fifth of the way to the next place
+    gap = (
+        np.diff(places).min() if len(places) > 1 else 0.0
+    )  # together never more than a fifth of the way to the next place
     shift = (line - (num_lines - 1) / 2) / num_lines * min(0.2 * gap, 0.06 * float(np.ptp(places)))
     return x * np.exp(shift) if logarithmic else x + shift
 

@@ -57,7 +57,9 @@ def save_policy(
         save_file({k: v.detach().cpu().contiguous() for k, v in policy.state_dict().items()}, partial / WEIGHTS)
         plain = config.to_dict()
         if (architecture := getattr(policy.encoder, "architecture", None)) is not None:
-            plain["encoder"]["architecture"] = architecture  # so that loading needs neither network nor the first weights
+            plain["encoder"]["architecture"] = (
+                architecture  # so that loading needs neither network nor the first weights
+            )
         described = {
             "format_version": FORMAT_VERSION,
             "diffpolicy_version": __version__,

@@ -455,9 +455,7 @@ def _observations(meta: dict[str, Any]) -> tuple[dict[str, tuple[int, int, int]]
     return cameras, states
 
 
-def _resnet(
-    cfg: dict[str, Any], nets: dict[str, Tensor], cameras: list[str]
-) -> tuple[ResnetConfig, dict[str, Tensor]]:
+def _resnet(cfg: dict[str, Any], nets: dict[str, Tensor], cameras: list[str]) -> tuple[ResnetConfig, dict[str, Tensor]]:
     """robomimic's image encoder as ours, without what it keeps twice (backbone, pool) and its softmax's constants."""
     _require(cfg, "obs_encoder_group_norm", True)
     rename: list[tuple[str, Callable[[int], str]]] = [

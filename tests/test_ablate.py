@@ -387,12 +387,16 @@ def test_a_network_that_a_sweep_beside_it_has_trained_is_not_trained_again(finis
     _, out = finished
     shutil.copytree(out, tmp_path / "first")
     other = sweep(store, name="other", axes=AXES | {"steps": {4: {"sampler.num_inference_steps": 4}}})
-    (run,) = [r for r in plan_sweep(other, tmp_path / "second").runs if r.cell.axes["process.prediction_type"] == "sample"]
+    (run,) = [
+        r for r in plan_sweep(other, tmp_path / "second").runs if r.cell.axes["process.prediction_type"] == "sample"
+    ]
     shutil.rmtree(tmp_path / "first" / "train" / run.train_hash / "checkpoints")  # not whole: not taken
     ablate(other, tmp_path / "second")
     first, second = (load_weights(tmp_path / name) for name in ("first", "second"))
     assert len(second) == 2 and len(first) == 1 and set(first.items()) <= set(second.items())
-    modified = {p.parts[-4]: p.stat().st_mtime for p in (tmp_path / "second").glob("train/*/checkpoints/*/model.safetensors")}
+    modified = {
+        p.parts[-4]: p.stat().st_mtime for p in (tmp_path / "second").glob("train/*/checkpoints/*/model.safetensors")
+    }
     taken = next(iter(first))
     assert modified[run.train_hash] > modified[taken]  # copied with its time, trained now
 

@@ -132,7 +132,9 @@ def test_small_p_that_does_not_survive_correction_is_no_supported_difference():
     assert summarise(alone)[1].comparison.verdict == "better"
     assert summarise(among)[1].comparison.verdict == "not told apart"
     # eleven cells, ten comparisons, success and score: twenty questions
-    assert re.search(r"The interval of this one comparison leaves out zero, but the corrected p is 0\.1[5-9]", str(said(among)))
+    assert re.search(
+        r"The interval of this one comparison leaves out zero, but the corrected p is 0\.1[5-9]", str(said(among))
+    )
 
 
 def test_networks_that_scatter_are_told_from_networks_trained_anew():
@@ -348,4 +350,6 @@ def test_equal_scores_are_not_told_apart_and_the_number_that_would_is_said():
     noisy = np.clip(scores + rng.normal(0.005, 0.1, (2, 60)), 0, 1)
     words = said(ablation(cell("a", scores > 2, scores=scores), cell("b", scores > 2, scores=noisy)))
     (sentence,) = words["Not told apart in score"]
-    assert re.search(r'n = 120 paired episodes cannot tell the scores of "b" and "a" apart .*about [\d,]+ would', sentence)
+    assert re.search(
+        r'n = 120 paired episodes cannot tell the scores of "b" and "a" apart .*about [\d,]+ would', sentence
+    )

@@ -75,7 +75,10 @@ def refused(tmp_path, monkeypatch, capsys):
         ("horizons.pred=1", "horizons.past must be in [0, horizons.pred - 1 = 0], got 1"),
         ("train.batch_size=many", "train.batch_size: Value 'many'"),
         ("train.warmup_steps=9", "train.warmup_steps must be in [0, train.steps = 4], got 9"),
-        ("sampler.name=direct", "sampler.name=direct cannot sample process.name=flow; it takes auto or one of ['euler', 'heun'"),
+        (
+            "sampler.name=direct",
+            "sampler.name=direct cannot sample process.name=flow; it takes auto or one of ['euler', 'heun'",
+        ),
         ("data.keys.action=actoin", "Did you mean 'action'?"),
         ("data.keys.action=action[7:9]", "data.keys.action: 'action[7:9]' takes nothing; action has 2 numbers a step"),
         ("data.val_ratio=2", "data.val_ratio must be in [0, 1), got 2"),

@@ -92,7 +92,7 @@ def played(rng, *, networks: int, starts: int, ease: float, gain: float, hard: f
     a = rng.random((networks, starts)) < chance(ease + gain + start + quality[0])
     b = rng.random((networks, starts)) < chance(ease + start + quality[1])
     others = hard * np.linspace(-3, 3, 601)
-    weight = np.exp(-np.linspace(-3, 3, 601) ** 2 / 2)
+    weight = np.exp(-(np.linspace(-3, 3, 601) ** 2) / 2)
     truth = (chance(ease + gain + others + quality[0]) - chance(ease + others + quality[1])).mean(axis=0)
     return a, b, float((truth * weight).sum() / weight.sum())
 
@@ -247,7 +247,9 @@ def test_sampled_sign_flips_agree_with_all_of_them():
     a, b = rng.random((3, 40)) < 0.6, rng.random((3, 40)) < 0.45
     assert sign_flip_sampled(a, b) == pytest.approx(sign_flip_exact(a, b), abs=0.01)
     assert sign_flip_sampled(a, b) == sign_flip_sampled(a, b)
-    assert sign_flip_sampled(a * 0.5, b * 0.5) == sign_flip_sampled(a, b)  # only the sizes relative to each other matter
+    assert sign_flip_sampled(a * 0.5, b * 0.5) == sign_flip_sampled(
+        a, b
+    )  # only the sizes relative to each other matter
 
 
 def test_sampled_sign_flips_are_one_for_equals_and_never_zero():

@@ -85,7 +85,10 @@ def test_every_command_and_piece_of_code_runs(folder, monkeypatch, capsys):
     code = blocks("python")
     Path("drawer.yaml").write_text(blocks("yaml")[0])
     rng = np.random.default_rng(0)
-    steps = {"joints": rng.normal(size=(40, 7)).astype(np.float32), "targets": rng.normal(size=(40, 7)).astype(np.float32)}
+    steps = {
+        "joints": rng.normal(size=(40, 7)).astype(np.float32),
+        "targets": rng.normal(size=(40, 7)).astype(np.float32),
+    }
     exec(code[0], dict(steps))  # records mine.zarr
     Path("data").mkdir()
     Path("data/pusht_cchi_v7_replay.zarr").symlink_to(Path("X.zarr").resolve())
@@ -125,7 +128,9 @@ def test_sweep_of_the_readme_is_one(tmp_path):
 
 
 def test_shipped_sweeps_are_those_that_readme_lists():
-    listed = re.findall(r"^\| `(\w+)` \|", README.split("| shipped in conf/ablation/ | asks |")[1].split("\n\n")[0], re.M)
+    listed = re.findall(
+        r"^\| `(\w+)` \|", README.split("| shipped in conf/ablation/ | asks |")[1].split("\n\n")[0], re.M
+    )
     assert sorted(listed) == sorted(p.stem for p in (Path(__file__).parent.parent / "conf" / "ablation").glob("*.yaml"))
 
 

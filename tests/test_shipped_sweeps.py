@@ -31,7 +31,9 @@ def pusht_store(tmp_path_factory) -> Path:
     pytest.importorskip("gym_pusht")
     path, rng = tmp_path_factory.mktemp("store") / "pusht.zarr", np.random.default_rng(0)
     shapes = {"state": (5,), "keypoint": (9, 2), "action": (2,)}
-    with ReplayBuffer.create(path, fields={k: FieldSpec(shape=s, dtype="float32") for k, s in shapes.items()}, fps=10) as b:
+    with ReplayBuffer.create(
+        path, fields={k: FieldSpec(shape=s, dtype="float32") for k, s in shapes.items()}, fps=10
+    ) as b:
         for _ in range(3):
             b.append_episode({k: rng.uniform(0, 512, (40, *s)).astype(np.float32) for k, s in shapes.items()})
     return path

@@ -262,5 +262,7 @@ def test_cells_are_compared_with_the_same_settings_at_another_value():
     ]
     compared = references_of(cells, {"process.schedule": "cosine"})
     assert compared == {"linear 4": "cosine 4", "linear 10": "cosine 10"}
-    assert references_of(cells[1:], {"process.schedule": "cosine"}) == {"linear 10": "cosine 10"}  # the other is missing
+    assert references_of(cells[1:], {"process.schedule": "cosine"}) == {
+        "linear 10": "cosine 10"
+    }  # the other is missing
     assert references_of(cells, {}) == {}

@@ -56,9 +56,9 @@ def causal_mask(pred_horizon: int) -> Tensor:
 def memory_mask(pred_horizon: int, num_tokens: int, num_timeless: int = 0) -> Tensor:
     """Action t sees the diffusion time, and observation s - 1 where t >= s - 1; (T_pred, 1 + L), to be added.
 
-        L = 3     time  obs 0  obs 1  words (num_timeless = 1)
-        action 0    0     0     -inf    0
-        action 1    0     0      0      0
+    L = 3     time  obs 0  obs 1  words (num_timeless = 1)
+    action 0    0     0     -inf    0
+    action 1    0     0      0      0
     """
     t = torch.arange(pred_horizon)[:, None]
     s = torch.arange(1 + num_tokens)[None, :]  # token 0 is the diffusion time
