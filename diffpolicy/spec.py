@@ -37,6 +37,8 @@ IMAGES = "observation.images."
 ACTION = "action"
 TASK = "task"
 """Role of the instruction in words."""
+GOAL_IMAGE = "goal.image"
+"""Role of a picture of what is wanted, (B, 1, H, W, 3): in demonstrations the last frame of the episode."""
 
 Observation = dict[str, "Tensor | list[str]"]
 """role -> (B, T_obs, ...) tensor: float for states, uint8 (B, T_obs, H, W, 3) for images; `task` -> list of B strings."""
@@ -146,6 +148,16 @@ class DataSpec:
         return tuple(k for k in self.fields if k.startswith(IMAGES))
 
     @property
+    def goal_keys(self) -> tuple[str, ...]:
+        """Roles that show what is wanted: one frame an episode, not T_obs of them."""
+        return tuple(k for k in self.fields if k.startswith("goal."))
+
+    @property
+    def input_keys(self) -> tuple[str, ...]:
+        """Every role that an encoder looks at, apart from the words."""
+        return (*(k for k in self.fields if k.startswith("observation.")), *self.goal_keys)
+
+    @property
     def state_dim(self) -> int:
         """D_state: numbers in all low-dimensional observations of one step."""
         total = 0
@@ -157,18 +169,54 @@ class DataSpec:
         return total
 
 
+TOKEN_KINDS = ("frame", "state", "image", "goal", "text")
+"""What a token of a condition speaks of: all that was observed at one time, or one modality alone."""
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """Neighbouring tokens of a condition that speak of the same thing."""
+
+    kind: str
+    """One of TOKEN_KINDS."""
+    count: int
+    frame: int | None = None
+    """The observed frame they belong to, 0 the oldest; None: no frame (words, a goal)."""
+
+    def __post_init__(self):
+        assert self.kind in TOKEN_KINDS and self.count >= 1, self
+
+
+def frame_tokens(obs_horizon: int) -> tuple[TokenGroup, ...]:
+    """The groups of an encoder that makes one token of each observed frame."""
+    return tuple(TokenGroup("frame", 1, frame) for frame in range(obs_horizon))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConditionSpec:
     """Sizes of a Condition, known when the encoder is built and needed to build the denoiser."""
 
     global_dim: int
     """D_cond, width of the global vector."""
-    num_tokens: int
-    """L, number of tokens."""
     token_dim: int
     """Width of one token."""
-    num_timeless: int = 0
-    """How many tokens, the last of the L, are no observed frame: words, patches. The others are frames, oldest first."""
+    groups: tuple[TokenGroup, ...] = ()
+    """What the tokens are, in order."""
+
+    @property
+    def num_tokens(self) -> int:
+        """L, number of tokens."""
+        return sum(group.count for group in self.groups)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each of the L tokens."""
+        return tuple(group.kind for group in self.groups for _ in range(group.count))
+
+    @property
+    def frames(self) -> tuple[int | None, ...]:
+        """The observed frame of each of the L tokens; None for those of no frame."""
+        return tuple(group.frame for group in self.groups for _ in range(group.count))
 
 
 @dataclass
@@ -178,12 +226,19 @@ class Condition:
     global_cond: Tensor
     """(B, D_cond)"""
     tokens: Tensor
-    """(B, L, D_token): one token per observed frame, then those that are none (ConditionSpec.num_timeless)."""
+    """(B, L, D_token), in the order of ConditionSpec.groups."""
+    token_mask: Tensor | None = None
+    """(B, L) bool, False where a token is padding that nobody may look at; None: all are real."""
+    without: dict[str, Condition] = field(default_factory=dict)
+    """part -> the same condition with that part (`task`, `goal`) replaced by its learned null, where guidance asked for it."""
 
     def repeat(self, num_samples: int) -> Condition:
         """The same condition for num_samples chunks of each observation: (B * num_samples, ...)."""
         return Condition(
-            self.global_cond.repeat_interleave(num_samples, dim=0), self.tokens.repeat_interleave(num_samples, dim=0)
+            self.global_cond.repeat_interleave(num_samples, dim=0),
+            self.tokens.repeat_interleave(num_samples, dim=0),
+            None if self.token_mask is None else self.token_mask.repeat_interleave(num_samples, dim=0),
+            {part: condition.repeat(num_samples) for part, condition in self.without.items()},
         )
 
 

@@ -148,7 +148,7 @@ def train(
         loggers.append(_wandb_logger(wandb_project, run))
     _quiet_lightning()
     # A denoiser that sees the global vector only leaves the projections of words and patches without gradients.
-    strategy = "ddp_find_unused_parameters_true" if policy.encoder.cond.num_timeless else "ddp"
+    strategy = "ddp_find_unused_parameters_true" if set(policy.encoder.cond.kinds) - {"frame"} else "ddp"
     trainer = L.Trainer(
         accelerator={"cuda": "gpu"}.get(device, device),
         devices=num_devices,

@@ -26,7 +26,7 @@ from diffpolicy.denoisers.unet import UnetConfig
 from diffpolicy.encoders.resnet import ResnetConfig
 from diffpolicy.foreign import load_reference_checkpoint, reference_policy_parts
 from diffpolicy.processes import SamplerConfig, noise_generators
-from diffpolicy.spec import Condition, ConditionSpec, DataSpec, FieldSpec, Horizons
+from diffpolicy.spec import Condition, ConditionSpec, DataSpec, FieldSpec, Horizons, frame_tokens
 from tests import test_foreign as foreign
 from tests.conftest import TINY_SPEC, tiny_config_for
 
@@ -268,7 +268,7 @@ def write_reference(path: Path, kind: str, *, obs_dim: int, action_dim: int) -> 
         "unet": UnetConfig(down_dims=(16, 32), kernel_size=3, n_groups=4, diffusion_step_embed_dim=16),
         "transformer": TransformerConfig(width=16, depth=1, num_heads=4, dropout=0.3),
     }[kind]
-    cond = ConditionSpec(global_dim=2 * obs_dim, num_tokens=2, token_dim=obs_dim)
+    cond = ConditionSpec(global_dim=2 * obs_dim, groups=frame_tokens(2), token_dim=obs_dim)
     torch.manual_seed(0)
     network = DENOISERS[kind][1](small, action_dim=action_dim, pred_horizon=8, cond=cond).eval()
     state = foreign.policy_state(network, obs=obs_dim, action=action_dim)

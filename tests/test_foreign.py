@@ -15,7 +15,7 @@ from diffpolicy.denoisers.transformer import TransformerConfig
 from diffpolicy.denoisers.unet import UnetConfig
 from diffpolicy.encoders.resnet import ResnetConfig, ResnetEncoder
 from diffpolicy.foreign import load_reference_checkpoint, reference_policy_parts
-from diffpolicy.spec import Condition, ConditionSpec, DataSpec, FieldSpec
+from diffpolicy.spec import Condition, ConditionSpec, DataSpec, FieldSpec, frame_tokens
 
 POLICIES = "diffusion_policy.policy."
 SCHEDULER = {
@@ -30,7 +30,7 @@ SCHEDULER = {
 }
 UNET = UnetConfig(down_dims=(16, 32), kernel_size=3, n_groups=4, diffusion_step_embed_dim=16)
 TRANSFORMER = TransformerConfig(width=16, depth=2, num_heads=4, dropout=0.3)
-STATE_COND = ConditionSpec(global_dim=10, num_tokens=2, token_dim=5)
+STATE_COND = ConditionSpec(global_dim=10, groups=frame_tokens(2), token_dim=5)
 
 
 def build(kind, config, cond=STATE_COND):

@@ -53,17 +53,27 @@ def causal_mask(pred_horizon: int) -> Tensor:
     return torch.zeros(pred_horizon, pred_horizon).masked_fill(~may_look, float("-inf"))
 
 
-def memory_mask(pred_horizon: int, num_tokens: int, num_timeless: int = 0) -> Tensor:
-    """Action t sees the diffusion time, and observation s - 1 where t >= s - 1; (T_pred, 1 + L), to be added.
+def memory_mask(pred_horizon: int, frames: tuple[int | None, ...]) -> Tensor:
+    """Action t sees the diffusion time, what belongs to no frame, and observed frames f <= t; (T_pred, 1 + L), to be added.
 
-    L = 3     time  obs 0  obs 1  words (num_timeless = 1)
-    action 0    0     0     -inf    0
-    action 1    0     0      0      0
+    L = 3     time  frame 0  frame 1  words (no frame)
+    action 0    0      0      -inf      0
+    action 1    0      0        0       0
     """
-    t = torch.arange(pred_horizon)[:, None]
-    s = torch.arange(1 + num_tokens)[None, :]  # token 0 is the diffusion time
-    later = (t < s - 1) & (s <= num_tokens - num_timeless)
-    return torch.zeros(pred_horizon, 1 + num_tokens).masked_fill(later, float("-inf"))
+    first = torch.tensor([0, *(frame or 0 for frame in frames)])  # (1 + L,); token 0 is the diffusion time
+    later = torch.arange(pred_horizon)[:, None] < first[None, :]
+    return torch.zeros(pred_horizon, 1 + len(frames)).masked_fill(later, float("-inf"))
+
+
+def hide_padding(mask: Tensor | None, token_mask: Tensor | None) -> Tensor | None:
+    """`mask` (T, 1 + L) to be added to attention, with padded tokens (B, L) hidden too: (B, 1, T, 1 + L); token 0 is never padding."""
+    if token_mask is None:
+        return mask
+    hidden = F.pad(
+        torch.zeros(token_mask.shape, device=token_mask.device).masked_fill(~token_mask, float("-inf")), (1, 0)
+    )
+    hidden = hidden[:, None, None, :]  # (B, 1, 1, 1 + L)
+    return hidden if mask is None else mask + hidden
 
 
 class Attention(nn.Module):
@@ -81,7 +91,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
-        """Each token of x (B, T, W) looks at memory (B, S, W) through mask (T, S) -> (B, T, W)."""
+        """Each token of x (B, T, W) looks at memory (B, S, W) through mask, (T, S) or (B, 1, T, S) -> (B, T, W)."""
         width = x.shape[-1]
         if x is memory:
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
@@ -109,9 +119,9 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         y = self.norm1(x)
-        x = x + self.dropout(self.self_attn(y, y, None))
+        x = x + self.dropout(self.self_attn(y, y, mask))
         y = self.dropout(F.gelu(self.linear1(self.norm2(x))))
         return x + self.dropout(self.linear2(y))
 
@@ -183,7 +193,7 @@ class DiffusionTransformer(nn.Module):
         self.head = nn.Linear(width, action_dim)
         # Buffers, as in the reference's checkpoints; None where nothing is masked.
         self.register_buffer("mask", causal_mask(pred_horizon) if config.causal else None)
-        hidden = memory_mask(pred_horizon, cond.num_tokens, cond.num_timeless) if config.causal else None
+        hidden = memory_mask(pred_horizon, cond.frames) if config.causal else None
         self.register_buffer("memory_mask", hidden)
         self.reset_parameters()
 
@@ -213,12 +223,16 @@ class DiffusionTransformer(nn.Module):
         Args:
             x_t: noisy chunk, (B, T_pred, D_act).
             t: network time, (B,).
-            condition: its tokens (B, L, D_token) are used.
+            condition: its tokens (B, L, D_token) are used, but for those that token_mask hides.
         """
         check_chunk(x_t, t, self.pred_horizon, self.action_dim)
         time_token = sinusoidal_embedding(t.to(x_t.dtype), self.width).unsqueeze(1)  # (B, 1, W)
         tokens = torch.cat([time_token, self.cond_obs_emb(condition.tokens)], dim=1)  # (B, 1+L, W)
-        memory = self.encoder(self.drop(tokens + self.cond_pos_emb))
+        memory = self.drop(tokens + self.cond_pos_emb)
+        if isinstance(self.encoder, LayerStack):
+            memory = self.encoder(memory, hide_padding(None, condition.token_mask))
+        else:
+            memory = self.encoder(memory)
         x = self.drop(self.input_emb(x_t) + self.pos_emb)  # (B, T_pred, W)
-        x = self.decoder(x, memory, self.mask, self.memory_mask)
+        x = self.decoder(x, memory, self.mask, hide_padding(self.memory_mask, condition.token_mask))
         return self.head(self.ln_f(x))  # (B, T_pred, D_act)

@@ -12,7 +12,16 @@ from torch.nn import functional as F
 
 from diffpolicy.encoders.resnet import crop_frames
 from diffpolicy.encoders.state import concatenate_states, take_observation
-from diffpolicy.spec import TASK, Condition, ConditionSpec, DataSpec, Observation, unknown_name
+from diffpolicy.spec import (
+    TASK,
+    Condition,
+    ConditionSpec,
+    DataSpec,
+    Observation,
+    TokenGroup,
+    frame_tokens,
+    unknown_name,
+)
 
 IMAGE_FEATURES = ("pooled", "patch_tokens")
 TEXT_FEATURES = ("none", "pooled")
@@ -157,12 +166,15 @@ class ClipEncoder(nn.Module):
             nn.init.normal_(self.time_embedding, std=EMBEDDING_STD)
         if self.text_tower is not None:
             self.text_projection = nn.Linear(embed_dim, config.token_dim)
-        num_timeless = obs_horizon * len(spec.image_keys) * num_patches + (self.text_tower is not None)
+        groups = list(frame_tokens(obs_horizon))
+        if num_patches:
+            groups += [TokenGroup("image", num_patches, frame) for frame in range(obs_horizon) for _ in spec.image_keys]
+        if self.text_tower is not None:
+            groups.append(TokenGroup("text", 1))
         self.cond = ConditionSpec(
             global_dim=obs_horizon * frame_dim + (embed_dim if self.text_tower is not None else 0),
-            num_tokens=obs_horizon + num_timeless,
             token_dim=config.token_dim if self.has_projections else frame_dim,
-            num_timeless=num_timeless,
+            groups=tuple(groups),
         )
 
     def train(self, mode: bool = True) -> ClipEncoder:

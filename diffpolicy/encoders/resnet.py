@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffpolicy.encoders.state import concatenate_states, take_observation
-from diffpolicy.spec import Condition, ConditionSpec, DataSpec, Observation, unknown_name
+from diffpolicy.spec import Condition, ConditionSpec, DataSpec, Observation, frame_tokens, unknown_name
 
 PIXEL_STATS = {
     "centered": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # 0..255 onto [-1, 1], as the reference's image recipe
@@ -185,7 +185,9 @@ class ResnetEncoder(nn.Module):
         num_towers = 1 if config.share_towers else len(spec.image_keys)
         self.towers = nn.ModuleList([CameraTower(config) for _ in range(num_towers)])
         token_dim = len(spec.image_keys) * config.feature_dim + spec.state_dim
-        self.cond = ConditionSpec(global_dim=obs_horizon * token_dim, num_tokens=obs_horizon, token_dim=token_dim)
+        self.cond = ConditionSpec(
+            global_dim=obs_horizon * token_dim, groups=frame_tokens(obs_horizon), token_dim=token_dim
+        )
 
     def forward(self, obs: Observation) -> Condition:
         """obs: role -> (B, T_obs, ...), states normalised, images uint8 -> Condition."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.spec import Condition, ConditionSpec, DataSpec, Observation
+from diffpolicy.spec import Condition, ConditionSpec, DataSpec, Observation, frame_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,9 @@ class StateEncoder(nn.Module):
                 dim = hidden_dim
             self.frame_encoder = nn.Sequential(*layers, nn.Linear(dim, config.output_dim))
             token_dim = config.output_dim
-        self.cond = ConditionSpec(global_dim=obs_horizon * token_dim, num_tokens=obs_horizon, token_dim=token_dim)
+        self.cond = ConditionSpec(
+            global_dim=obs_horizon * token_dim, groups=frame_tokens(obs_horizon), token_dim=token_dim
+        )
 
     def forward(self, obs: Observation) -> Condition:
         """obs: role -> (B, T_obs, ...), normalised -> Condition."""

@@ -7,7 +7,7 @@ import torch
 
 from diffpolicy.denoisers import DENOISERS
 from diffpolicy.denoisers.embedding import sinusoidal_embedding
-from diffpolicy.spec import Condition, ConditionSpec
+from diffpolicy.spec import Condition, ConditionSpec, frame_tokens
 
 SMALL = {
     "unet": {"down_dims": (16, 32), "diffusion_step_embed_dim": 16},
@@ -15,7 +15,7 @@ SMALL = {
     "mlp": {"width": 32, "depth": 2, "embed_dim": 16},
 }
 """Choices that make a member small; a new member without an entry is tested with its defaults."""
-COND = ConditionSpec(global_dim=6, num_tokens=2, token_dim=3)
+COND = ConditionSpec(global_dim=6, groups=frame_tokens(2), token_dim=3)
 
 
 def build(name, pred_horizon=8, cond=COND):

@@ -1,9 +1,9 @@
 import torch
 
 from diffpolicy.denoisers.mlp import MlpConfig, MlpDenoiser
-from diffpolicy.spec import Condition, ConditionSpec
+from diffpolicy.spec import Condition, ConditionSpec, frame_tokens
 
-COND = ConditionSpec(global_dim=40, num_tokens=2, token_dim=20)
+COND = ConditionSpec(global_dim=40, groups=frame_tokens(2), token_dim=20)
 
 
 def test_default_on_pusht_keypoints_has_4_4_million_parameters():
@@ -27,7 +27,7 @@ def test_weight_decay_spares_the_biases():
 def test_a_few_steps_of_training_fit_two_chunks():
     torch.manual_seed(0)
     config = MlpConfig(width=64, depth=2, embed_dim=16)
-    cond = ConditionSpec(global_dim=1, num_tokens=1, token_dim=1)
+    cond = ConditionSpec(global_dim=1, groups=frame_tokens(1), token_dim=1)
     denoiser = MlpDenoiser(config, action_dim=2, pred_horizon=4, cond=cond)
     chunks = torch.tensor([-1.0, 1.0])[:, None, None].expand(2, 4, 2)
     condition = Condition(torch.tensor([[-1.0], [1.0]]), torch.zeros(2, 1, 1))

@@ -3,14 +3,14 @@ import torch
 from torch import nn
 
 from diffpolicy.denoisers.transformer import DiffusionTransformer, TransformerConfig, causal_mask, memory_mask
-from diffpolicy.spec import Condition, ConditionSpec
+from diffpolicy.spec import Condition, ConditionSpec, frame_tokens
 
 INF = float("inf")
 
 
 def build(pred_horizon=5, num_tokens=3, **choices):
     torch.manual_seed(0)
-    cond = ConditionSpec(global_dim=4 * num_tokens, num_tokens=num_tokens, token_dim=4)
+    cond = ConditionSpec(global_dim=4 * num_tokens, groups=frame_tokens(num_tokens), token_dim=4)
     config = TransformerConfig(**{"width": 16, "depth": 2, "num_heads": 2} | choices)
     return DiffusionTransformer(config, action_dim=2, pred_horizon=pred_horizon, cond=cond)
 
@@ -23,7 +23,7 @@ def inputs(pred_horizon=5, num_tokens=3):
 
 def test_state_recipe_has_the_parameters_of_the_reference():
     with torch.device("meta"):
-        cond = ConditionSpec(global_dim=40, num_tokens=2, token_dim=20)
+        cond = ConditionSpec(global_dim=40, groups=frame_tokens(2), token_dim=20)
         denoiser = DiffusionTransformer(TransformerConfig(), action_dim=2, pred_horizon=16, cond=cond)
     assert sum(p.numel() for p in denoiser.parameters()) == 8_965_122
 
@@ -35,17 +35,17 @@ def test_causal_mask_of_three_actions():
 
 def test_memory_mask_of_three_actions_and_time_and_two_observations():
     want = torch.tensor([[0, 0, -INF], [0, 0, 0], [0, 0, 0]])
-    assert torch.equal(memory_mask(3, 2), want)
+    assert torch.equal(memory_mask(3, (0, 1)), want)
 
 
 def test_memory_mask_shows_tokens_of_no_frame_to_every_action():
     want = torch.tensor([[0, 0, float("-inf"), 0, 0], [0, 0, 0, 0, 0]])  # time, two frames, two tokens of no frame
-    assert torch.equal(memory_mask(2, 4, num_timeless=2), want)
+    assert torch.equal(memory_mask(2, (0, 1, None, None)), want)
 
 
 def test_memory_mask_hides_observations_later_than_the_action():
     want = torch.tensor([[0, 0, -INF, -INF], [0, 0, 0, -INF]])
-    assert torch.equal(memory_mask(2, 3), want)
+    assert torch.equal(memory_mask(2, (0, 1, 2)), want)
 
 
 def test_state_dict_has_the_keys_of_the_reference():
@@ -78,7 +78,7 @@ def test_layers_compute_what_those_of_pytorch_compute(num_cond_layers):
         encoder.load_state_dict(denoiser.encoder.state_dict())
     x, tokens = torch.randn(2, 5, 16), torch.randn(2, 4, 16)
     memory = encoder(tokens)
-    torch.testing.assert_close(denoiser.encoder(tokens), memory)
+    torch.testing.assert_close(denoiser.encoder(tokens, None) if num_cond_layers else denoiser.encoder(tokens), memory)
     want = decoder(x, memory, tgt_mask=denoiser.mask, memory_mask=denoiser.memory_mask)
     torch.testing.assert_close(denoiser.decoder(x, memory, denoiser.mask, denoiser.memory_mask), want)
 
@@ -133,7 +133,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_encoder_without_tokens_is_refused():
-    cond = ConditionSpec(global_dim=4, num_tokens=0, token_dim=0)
+    cond = ConditionSpec(global_dim=4, groups=(), token_dim=0)
     with pytest.raises(ValueError, match="needs at least 1, got 0"):
         DiffusionTransformer(TransformerConfig(), action_dim=2, pred_horizon=4, cond=cond)
 

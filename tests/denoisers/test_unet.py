@@ -3,19 +3,19 @@ import torch
 from torch.nn import functional as F
 
 from diffpolicy.denoisers.unet import ConditionalUnet1d, FilmResidualBlock, UnetConfig
-from diffpolicy.spec import Condition, ConditionSpec
+from diffpolicy.spec import Condition, ConditionSpec, frame_tokens
 
 
 def num_parameters(config, global_dim):
     with torch.device("meta"):
-        cond = ConditionSpec(global_dim=global_dim, num_tokens=2, token_dim=global_dim // 2)
+        cond = ConditionSpec(global_dim=global_dim, groups=frame_tokens(2), token_dim=global_dim // 2)
         unet = ConditionalUnet1d(config, action_dim=2, pred_horizon=16, cond=cond)
     return sum(p.numel() for p in unet.parameters())
 
 
 def small(pred_horizon=16, **choices):
     torch.manual_seed(0)
-    cond = ConditionSpec(global_dim=6, num_tokens=2, token_dim=3)
+    cond = ConditionSpec(global_dim=6, groups=frame_tokens(2), token_dim=3)
     config = UnetConfig(**{"down_dims": (16, 32, 64), "diffusion_step_embed_dim": 16} | choices)
     return ConditionalUnet1d(config, action_dim=2, pred_horizon=pred_horizon, cond=cond)
 

@@ -66,7 +66,12 @@ def count_calls(tower):
 def test_sizes_follow_from_cameras_states_and_words(spec, choices, global_dim, num_tokens, num_timeless, token_dim):
     encoder = build(spec, **choices)
     cond = encoder.cond
-    assert (cond.global_dim, cond.num_tokens, cond.token_dim, cond.num_timeless) == (
+    assert (
+        cond.global_dim,
+        cond.num_tokens,
+        cond.token_dim,
+        sum(frame is None or kind == "image" for kind, frame in zip(cond.kinds, cond.frames, strict=True)),
+    ) == (
         global_dim,
         num_tokens,
         token_dim,

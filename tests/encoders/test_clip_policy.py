@@ -134,12 +134,19 @@ def test_chunk_depends_on_the_picture_and_on_the_words(store, denoiser):
     assert moved[1] > 10 * moved[0] and moved[1] > 0
 
 
-def test_first_action_of_a_causal_transformer_hears_the_words_and_sees_the_patches(store):
+def test_first_action_of_a_causal_transformer_hears_the_words_and_sees_the_patches_of_its_time(store):
     policy, _ = fitted_policy(store, config_for(denoiser="transformer", image="patch_tokens"))
-    assert policy.encoder.cond.num_timeless == 2 * 64 + 1
+    assert policy.encoder.cond.num_tokens == 2 + 2 * 64 + 1
     mask = policy.denoiser.memory_mask  # (T_pred, time + 2 frames + patches + words)
     assert mask.shape == (8, 1 + 2 + 2 * 64 + 1)
-    assert mask[0, :4].tolist() == [0, 0, float("-inf"), 0] and (mask[0, 3:] == 0).all() and (mask[1:] == 0).all()
+    seen = [
+        *[0.0] * 2,
+        float("-inf"),
+        *[0.0] * 64,
+        *[float("-inf")] * 64,
+        0.0,
+    ]  # what belongs to the second frame is later
+    assert mask[0].tolist() == seen and (mask[1:] == 0).all()
 
 
 def test_encoder_runs_once_for_a_chunk(store):

@@ -4,7 +4,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from diffpolicy.encoders.resnet import CameraTower, ResnetConfig, ResnetEncoder, SpatialSoftmax, crop_frames
-from diffpolicy.spec import ConditionSpec, DataSpec, FieldSpec
+from diffpolicy.spec import ConditionSpec, DataSpec, FieldSpec, frame_tokens
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 
@@ -35,7 +35,7 @@ def coordinates(batch, frames, height, width):
 def test_image_recipe_has_66_numbers_a_frame_and_the_parameters_of_the_reference():
     with torch.device("meta"):
         encoder = ResnetEncoder(ResnetConfig(), spec=make_spec(top=(96, 96)), obs_horizon=2)
-    assert encoder.cond == ConditionSpec(global_dim=132, num_tokens=2, token_dim=66)
+    assert encoder.cond == ConditionSpec(global_dim=132, groups=frame_tokens(2), token_dim=66)
     # ResNet-18 without its classifier 11,176,512; 1x1 convolution 512 * 32 + 32; linear 64 * 64 + 64
     assert sum(p.numel() for p in encoder.parameters()) == 11_176_512 + 16_416 + 4_160
     assert encoder.crop_sizes == {TOP: (84, 84)}

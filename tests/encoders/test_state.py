@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffpolicy.encoders.state import StateConfig, StateEncoder
-from diffpolicy.spec import ConditionSpec, DataSpec, FieldSpec
+from diffpolicy.spec import ConditionSpec, DataSpec, FieldSpec, frame_tokens
 
 SPEC = DataSpec(
     fields={
@@ -23,7 +23,7 @@ def test_default_hands_on_the_numbers_in_the_order_of_the_spec():
     frames = [[1.0, 2.0, 3.0, 4.0, 50.0], [5.0, 6.0, 7.0, 8.0, 60.0]]
     assert condition.tokens.tolist() == [frames]
     assert condition.global_cond.tolist() == [frames[0] + frames[1]]
-    assert encoder.cond == ConditionSpec(global_dim=10, num_tokens=2, token_dim=5)
+    assert encoder.cond == ConditionSpec(global_dim=10, groups=frame_tokens(2), token_dim=5)
     assert not list(encoder.parameters())
 
 
@@ -36,7 +36,7 @@ def test_mlp_sees_one_frame_at_a_time():
     before, after = encoder(obs).tokens, encoder(changed).tokens
     torch.testing.assert_close(before[:, 0], after[:, 0])
     assert (before[:, 1] != after[:, 1]).any()
-    assert encoder.cond == ConditionSpec(global_dim=6, num_tokens=2, token_dim=3)
+    assert encoder.cond == ConditionSpec(global_dim=6, groups=frame_tokens(2), token_dim=3)
 
 
 def test_data_without_states_is_refused():
