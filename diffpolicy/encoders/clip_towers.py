@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -292,32 +294,79 @@ def patch_grid(tower: nn.Module, model: str) -> tuple[int, int]:
     )
 
 
-def embed_image(tower: nn.Module, pixels: Tensor, *, patches: bool) -> tuple[Tensor, Tensor | None]:
-    """Pixels (N, 3, S, S) -> pooled (N, embed_dim), and the last layer's patches (N, num_patches, width) where asked for."""
+def num_layers(tower: nn.Module) -> int:
+    """Blocks of a tower that sees patches (see patch_grid)."""
+    return len(tower.trunk.blocks) if hasattr(tower, "trunk") else len(tower.transformer.resblocks)
+
+
+def embed_image(
+    tower: nn.Module, pixels: Tensor, *, patches: bool, layers: Sequence[int] = (-1,)
+) -> tuple[Tensor, Tensor | None]:
+    """Pixels -> one vector per picture, and its patches where asked for.
+
+    Args:
+        pixels: (N, 3, S, S).
+        layers: blocks whose patches are taken, counted from 0, or from the end with -1 the last. Each block's output goes
+            through the norm that belongs to the last one, which brings all of them to one scale.
+    Returns:
+        pooled (N, embed_dim); patches (N, num_patches, len(layers) * width), the layers side by side, or None.
+    """
     if not patches:
         return tower(pixels), None
-    seen = tower.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
-    return seen["image_features"], seen["image_intermediates"][-1]
+    depth = num_layers(tower)
+    wanted = [layer % depth for layer in layers]
+    seen = tower.forward_intermediates(
+        pixels, indices=sorted(set(wanted)), normalize_intermediates=True, output_fmt="NLC"
+    )
+    by_layer = dict(zip(sorted(set(wanted)), seen["image_intermediates"], strict=True))
+    return seen["image_features"], torch.cat([by_layer[layer] for layer in wanted], dim=-1)
+
+
+def embed_text(tower: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids (n, C) of the Tokenizer -> one vector per text, and one per token.
+
+    Returns:
+        pooled (n, embed_dim); words (n, C, width), the last layer behind its norm and before pooling; mask (n, C) bool, True
+        from the start token to the end token. Of a causal tower, a word knows those before it, and the end token all.
+    """
+    seen = tower.forward_intermediates(ids, indices=1, normalize_intermediates=True, output_fmt="NLC")
+    end = ids.argmax(dim=-1, keepdim=True)  # the end token has the highest id
+    mask = torch.arange(ids.shape[1], device=ids.device) <= end
+    return seen["text_features"], seen["text_intermediates"][-1], mask
 
 
 class Tokenizer:
     """Instruction -> token ids, by open_clip's byte-pair encoding."""
 
-    def __init__(self, context_length: int, **choices):
+    def __init__(self, context_length: int, *, too_long: str = "error", **choices):
+        """too_long: `error`, or `truncate`: cut off what does not fit, before the end token, and say so once per text."""
         import open_clip
 
-        self.context_length = context_length
+        self.context_length, self.too_long = context_length, too_long
         self.encoding = open_clip.SimpleTokenizer(context_length=context_length, **choices)
+        self._cut: set[str] = set()
 
     def __call__(self, text: str) -> Tensor:
         """(context_length,) ids: start, text, end, zeros.
 
         Raises:
-            ValueError: the text is longer than the tower can read; nothing is cut off.
+            ValueError: the text is longer than the tower can read, and too_long is not `truncate`.
         """
-        length = len(self.encoding.encode(text)) + 2  # start and end
+        ids = self.encoding.encode(text)
+        length = len(ids) + 2  # start and end
         if length > self.context_length:
-            raise ValueError(
-                f"the instruction must fit into {self.context_length} tokens, start and end included; this has {length}: {text!r}"
-            )
+            fits = f"fit into {self.context_length} tokens, start and end included"
+            if self.too_long != "truncate":
+                raise ValueError(
+                    f"the instruction must {fits}; this has {length}: {text!r}; shorten it, or set "
+                    "encoder.text_too_long=truncate"
+                )
+            if text not in self._cut:
+                self._cut.add(text)
+                lost = self.encoding.decode(ids[self.context_length - 2 :]).strip()
+                warnings.warn(
+                    f"encoder.text_too_long=truncate: an instruction of {length} tokens must {fits}; {lost!r} is cut off "
+                    f"the end of {text!r}",
+                    stacklevel=2,
+                )
         return self.encoding([text])[0]
