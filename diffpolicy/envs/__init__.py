@@ -6,11 +6,13 @@ import dataclasses
 
 from diffpolicy.envs.base import RobotEnv
 from diffpolicy.envs.pusht import PushtConfig, PushtEnv
+from diffpolicy.envs.pusht_language import PushtLanguageConfig, PushtLanguageEnv
 from diffpolicy.envs.tabletop import TabletopConfig, TabletopEnv
 from diffpolicy.spec import unknown_name
 
 ENVIRONMENTS = {
     "pusht": (PushtConfig, PushtEnv),
+    "pusht_language": (PushtLanguageConfig, PushtLanguageEnv),
     "tabletop": (TabletopConfig, TabletopEnv),
 }
 

@@ -34,6 +34,7 @@ WORLD_SIZE = 512
 SUCCESS_COVERAGE = 0.95
 """An episode is solved when more than this fraction of the goal is covered."""
 TOP_CAMERA = IMAGES + "top"
+CANVAS_SIZE, WHITE = (WORLD_SIZE, WORLD_SIZE), (255, 255, 255)
 
 TEE_RECTANGLES = ((-60.0, 60.0, 0.0, 30.0), (-15.0, 15.0, 30.0, 120.0))
 """(x_min, x_max, y_min, y_max) of bar and stem in the block's frame, pixels; they touch, so areas add."""
@@ -65,6 +66,8 @@ class PushtConfig:
     """Height and width of the observed image, pixels."""
     goal: tuple[float, float, float] = (256.0, 256.0, math.pi / 4)
     """Pose that the block must reach: x, y in pixels and the angle in radians."""
+    show_goal: bool = True
+    """Draw the goal into observed images too, not only into the pictures of render(), which are for people."""
     task: str = "push the T-shaped block onto the goal"
     """The instruction in words; name the goal here when several are in play."""
     start_states: str = "published"
@@ -111,6 +114,7 @@ class PushtEnv(RobotEnv):
     def __init__(self, config: PushtConfig | None = None):
         self.config = config or PushtConfig()
         self.task = self.config.task
+        self.goal_pose = self.config.goal
         self._sim = _load_simulator()
         self._canvas = None  # made when the first picture is drawn
         self._target = None  # (x, y) of the last action, for render()
@@ -140,6 +144,10 @@ class PushtEnv(RobotEnv):
         Raises:
             ValueError: a state that is not five finite numbers, or an unknown option.
         """
+        self._start_episode(seed, options)
+        return self._observe(), self._judge()[2]
+
+    def _start_episode(self, seed: int | None, options: dict | None):
         super().reset(seed=seed)
         options = dict(options or {})
         state = options.pop("state", None)
@@ -163,8 +171,6 @@ class PushtEnv(RobotEnv):
         self._velocity = (0.0, 0.0)
         self._target = None
         self._num_steps = 0
-        coverage = tee_coverage(self._block_pose(), self.config.goal)
-        return self._observe(), {"is_success": coverage > SUCCESS_COVERAGE, "coverage": coverage}
 
     def step(self, action):
         """Moves the target of the pusher to `action` (2,), pixels, for a tenth of a second.
@@ -188,11 +194,14 @@ class PushtEnv(RobotEnv):
         self._move_towards(target_x, target_y)
         self._num_steps += 1
 
-        coverage = tee_coverage(self._block_pose(), self.config.goal)
-        reward = min(coverage / SUCCESS_COVERAGE, 1.0)
+        reward, success, info = self._judge()
+        return self._observe(), reward, success, self._num_steps >= self.max_steps, info
+
+    def _judge(self) -> tuple[float, bool, dict]:
+        """(reward, success, info) of the block where it lies now."""
+        coverage = tee_coverage(self._block_pose(), self.goal_pose)
         success = coverage > SUCCESS_COVERAGE
-        truncated = self._num_steps >= self.max_steps
-        return self._observe(), reward, success, truncated, {"is_success": success, "coverage": coverage}
+        return min(coverage / SUCCESS_COVERAGE, 1.0), success, {"is_success": success, "coverage": coverage}
 
     def get_state(self) -> np.ndarray:
         """(5,) agent x, y, block x, y in pixels, block angle in [0, 2 pi): what the recordings call `state`."""
@@ -252,13 +261,13 @@ class PushtEnv(RobotEnv):
             ENVIRONMENT_STATE: block.astype(np.float32),
         }
         if self.config.pixels:
-            obs[TOP_CAMERA] = self._draw(self.config.image_size)  # (96, 96, 3)
+            obs[TOP_CAMERA] = self._draw(self.config.image_size, show_goal=self.config.show_goal)  # (96, 96, 3)
         return obs
 
     def render(self) -> np.ndarray:
         """The world from above, a red cross at the last action's target: uint8 (render_size, render_size, 3)."""
         size = self.config.render_size
-        picture = self._draw(size)
+        picture = self._draw(size, show_goal=True)
         if self._target is not None:
             column, row = (int(number) for number in self.action_to_pixels(self._target))
             self._sim.cv2.drawMarker(
@@ -275,12 +284,12 @@ class PushtEnv(RobotEnv):
         """Where targets (..., 2) lie in the picture of render(): (..., 2) columns and rows, in pixels."""
         return np.asarray(actions, dtype=np.float64) * (self.config.render_size / WORLD_SIZE)
 
-    def _draw(self, size: int) -> np.ndarray:
+    def _draw(self, size: int, *, show_goal: bool) -> np.ndarray:
         # The same picture as gym-pusht's, bit for bit; what never moves is drawn once.
         if self._canvas is None:
-            self._canvas = _Canvas(self._sim, self.config.goal, self._walls, self._agent, self._tee)
+            self._canvas = _Canvas(self._sim, self._walls, self._agent, self._tee)
         canvas, block = self._canvas, self._block
-        canvas.surface.blit(canvas.background, (0, 0))
+        canvas.surface.blit(canvas.background(self.goal_pose if show_goal else None), (0, 0))
         for vertices in canvas.tee:
             corners = [block.local_to_world(vertex) for vertex in vertices]
             canvas.pen.draw_polygon(corners, 0.0, canvas.tee_color, canvas.tee_color)
@@ -388,33 +397,40 @@ def _load_simulator() -> _Simulator:
 
 
 class _Canvas:
-    """The pygame surface of one environment and what is drawn once: goal below the bodies, walls above them."""
+    """The pygame surface of one environment and what is drawn once: goals below the bodies, walls above them."""
 
-    def __init__(self, sim: _Simulator, goal: tuple[float, float, float], walls, agent: pymunk.Body, tee):
-        pygame = sim.pygame
-        size, white = (WORLD_SIZE, WORLD_SIZE), (255, 255, 255)
-        self.surface = pygame.Surface(size, depth=32)
+    def __init__(self, sim: _Simulator, walls, agent: pymunk.Body, tee):
+        pygame = self._pygame = sim.pygame
+        self.surface = pygame.Surface(CANVAS_SIZE, depth=32)
         self.pen = sim.pen(self.surface)
         self.contact_pen = sim.pen(self.surface)  # short red strokes where bodies touch: the recordings show them too
         self.contact_pen.flags = pymunk.SpaceDebugDrawOptions.DRAW_COLLISION_POINTS
         self.tee = [shape.get_vertices() for shape in tee]
         self.tee_color = _color(tee[0].color)
         self.agent_color = _color(next(iter(agent.shapes)).color)
+        self._backgrounds: dict[tuple[float, float, float] | None, object] = {}
 
-        self.background = pygame.Surface(size, depth=32)
-        self.background.fill(white)
-        goal_body = pymunk.Body()
-        goal_body.position, goal_body.angle = goal[:2], goal[2]
-        for vertices in self.tee:
-            corners = [goal_body.local_to_world(vertex) for vertex in vertices]
-            pygame.draw.polygon(self.background, pygame.Color("LightGreen"), [(round(x), round(y)) for x, y in corners])
-
-        self.foreground = pygame.Surface(size, depth=32)
-        self.foreground.fill(white)
-        self.foreground.set_colorkey(white, pygame.RLEACCEL)
+        self.foreground = pygame.Surface(CANVAS_SIZE, depth=32)
+        self.foreground.fill(WHITE)
+        self.foreground.set_colorkey(WHITE, pygame.RLEACCEL)
         pen = sim.pen(self.foreground)
         for wall in walls:
             pen.draw_fat_segment(wall.a, wall.b, wall.radius, _color(wall.color), _color(wall.color))
+
+    def background(self, goal: tuple[float, float, float] | None):
+        """White with a goal at this pose, or without one; each is drawn once."""
+        if goal not in self._backgrounds:
+            pygame = self._pygame
+            background = self._backgrounds[goal] = pygame.Surface(CANVAS_SIZE, depth=32)
+            background.fill(WHITE)
+            if goal is not None:
+                body = pymunk.Body()
+                body.position, body.angle = goal[:2], goal[2]
+                for vertices in self.tee:
+                    corners = [body.local_to_world(vertex) for vertex in vertices]
+                    rounded = [(round(x), round(y)) for x, y in corners]
+                    pygame.draw.polygon(background, pygame.Color("LightGreen"), rounded)
+        return self._backgrounds[goal]
 
 
 def _color(color) -> SpaceDebugColor:
