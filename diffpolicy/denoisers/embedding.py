@@ -15,14 +15,14 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
     and log(10000) / (dim/2 - 1), so that the lowest frequency is exactly 1/10000.
 
     Args:
-        t: network time, shape (B,); steps 0..99 for a DDPM of 100 steps.
+        t: network time, shape (...); steps 0..99 for a DDPM of 100 steps.
         dim: even, at least 4.
     Returns:
-        (B, dim), in the dtype of t.
+        (..., dim), in the dtype of t.
     """
     half = dim // 2
     exponents = torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(10000) / (half - 1))
-    angles = t[:, None] * exponents.exp()[None, :]  # (B, dim/2)
+    angles = t.unsqueeze(-1) * exponents.exp()  # (..., dim/2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
@@ -43,12 +43,13 @@ def check_embedding_dim(name: str, dim: int) -> None:
         raise ValueError(f"{name} must be even and at least 4 (sines and cosines of the diffusion time), got {dim}")
 
 
-def check_chunk(x_t: Tensor, t: Tensor, pred_horizon: int, action_dim: int) -> None:
-    """Raises ValueError unless x_t is (B, T_pred, D_act) and t is (B,)."""
+def check_chunk(x_t: Tensor, t: Tensor, pred_horizon: int, action_dim: int, *, per_action: bool = False) -> None:
+    """Raises ValueError unless x_t is (B, T_pred, D_act) and t is (B,), or (B, T_pred) where per_action allows it."""
     if x_t.ndim != 3 or x_t.shape[1:] != (pred_horizon, action_dim):
         raise ValueError(
             f"x_t must be (B, T_pred={pred_horizon}, D_act={action_dim}), got {tuple(x_t.shape)}; "
             "the denoiser was built for these horizons.pred and action_dim"
         )
-    if t.shape != x_t.shape[:1]:
-        raise ValueError(f"t must hold one network time per sample, (B={x_t.shape[0]},), got {tuple(t.shape)}")
+    if t.shape != x_t.shape[:1] and not (per_action and t.shape == x_t.shape[:2]):
+        hint = f" (or one per action, (B={x_t.shape[0]}, T_pred={pred_horizon}))" if per_action else ""
+        raise ValueError(f"t must hold one network time per sample, (B={x_t.shape[0]},), got {tuple(t.shape)}{hint}")
