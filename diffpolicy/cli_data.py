@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -110,15 +110,101 @@ def convert(
     from diffpolicy.replay import ReplayBuffer
     from diffpolicy.rewriting import convert as rewrite
 
+    with _progress("converting") as progress:
+        rewrite(src, dst, fps=fps, roles=parse_roles(role or ()), task=task, progress=progress)
+    typer.echo(_sizes(ReplayBuffer.open(dst)))
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Stores: zarr v2 or v3, folders or zips.")],
+    out: Annotated[Path, typer.Option(help="The store to write; must not exist yet.")],
+    instruction: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What a source shows, once per source, in order; several wordings as `push it | shove it`, or as "
+            "`@FILE` with one per line, are dealt out to its episodes. Default: the sources' own instructions."
+        ),
+    ] = None,
+    wordings: Annotated[
+        str,
+        typer.Option(
+            metavar="ENV",
+            help="Each --instruction is the name of a goal of this environment, and stands for all wordings of it that "
+            "demonstrations may use.",
+        ),
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Decides which episode gets which wording.", min=0)] = 0,
+    keys: Annotated[
+        str, typer.Option(help="What to keep, as `action,state`; default: all that the sources share.")
+    ] = "",
+    role: Annotated[
+        list[str] | None, typer.Option(help="KEY=ROLE, once per key, as `img=observation.images.top`.")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Steps per second, where the sources do not say.")] = None,
+) -> None:
+    """Writes several stores as one, the episodes of each with instructions of its own.
+
+    Example: `diffpolicy data merge pusht_cchi_v7_replay.zarr pusht_keypoint_x356_y356.zarr --out data/pusht_two.zarr
+    --fps 10 --wordings pusht_language --instruction "push the T to the centre" --instruction "push the T to the lower
+    right"`
+    """
+    from diffpolicy.merging import merge as write_merged
+    from diffpolicy.merging import read_wordings
+    from diffpolicy.replay import ReplayBuffer
+
+    if wordings:
+        told = [goal_wordings(wordings, text) for text in instruction or ()]
+    else:
+        told = [read_wordings(text) for text in instruction or ()]
+    with _progress("merging") as progress:
+        merged = write_merged(
+            sources,
+            out,
+            wordings=told or None,
+            keys=[key.strip() for key in keys.split(",")] if keys else None,
+            roles=parse_roles(role or ()),
+            fps=fps,
+            seed=seed,
+            progress=progress,
+        )
+    for key, why in merged.left_out.items():
+        typer.echo(f"left out {key}: {why}")
+    for note in merged.notes:
+        typer.echo(f"note: {note}")
+    counts = " + ".join(map(str, merged.num_episodes))
+    typer.echo(f"merged {counts} episodes: {_sizes(ReplayBuffer.open(out))}")
+
+
+def goal_wordings(env: str, goal: str) -> tuple[str, ...]:
+    """The sentences by which demonstrations may ask for a goal of an environment.
+
+    Raises:
+        ValueError: unknown environment, one that is not told its goal in words, or a goal that it does not have.
+    """
+    from diffpolicy.envs import ENVIRONMENTS, make_env
+    from diffpolicy.envs.base import LanguageEnv
+    from diffpolicy.spec import unknown_name
+
+    spoken_to = [name for name, (_, env_class) in ENVIRONMENTS.items() if issubclass(env_class, LanguageEnv)]
+    if env not in spoken_to:
+        raise unknown_name("--wordings", env, spoken_to)
+    # Most know their sentences without being built, which needs the simulator.
+    known = getattr(ENVIRONMENTS[env][1], "wordings", None) or make_env(env).wordings
+    if goal not in known:
+        raise unknown_name(f"with --wordings {env} an --instruction", goal, known)
+    return known[goal].seen
+
+
+def parse_roles(texts: Iterable[str]) -> dict[str, str]:
+    """`img=observation.images.top` -> {"img": "observation.images.top"}."""
     roles = {}
-    for text in role or ():
+    for text in texts:
         key, equals, name = text.partition("=")
         if not (key and equals and name):
             raise ValueError(f"--role must read KEY=ROLE, as in img=observation.images.top, got {text!r}")
         roles[key] = name
-    with _progress("converting") as progress:
-        rewrite(src, dst, fps=fps, roles=roles, task=task, progress=progress)
-    typer.echo(_sizes(ReplayBuffer.open(dst)))
+    return roles
 
 
 def parse_episodes(text: str) -> list[int]:

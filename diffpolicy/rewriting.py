@@ -74,7 +74,7 @@ def convert(
     dtypes = {
         key: "uint8"
         for key, spec in source.fields.items()
-        if is_image(spec) and np.dtype(spec.dtype).kind == "f" and _holds_uint8(source, key, progress)
+        if is_image(spec) and np.dtype(spec.dtype).kind == "f" and holds_uint8(source, key, progress)
     }
     roles = {**source.roles, **(roles or {})}
     fps = source.fps if fps is None else fps
@@ -83,7 +83,7 @@ def convert(
         _rewrite(source, fresh, everything, dtypes=dtypes, fps=fps, roles=roles, task=task, progress=progress)
 
 
-def _holds_uint8(source: ReplayBuffer, key: str, progress: Progress | None) -> bool:
+def holds_uint8(source: ReplayBuffer, key: str, progress: Progress | None) -> bool:
     """Whether a float camera can become uint8 without loss; one that cannot usually shows it in its first block."""
     for start, stop in source.blocks(key):
         block = source.read(key, start, stop)

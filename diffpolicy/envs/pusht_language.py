@@ -179,7 +179,9 @@ class PushtLanguageEnv(PushtEnv, LanguageEnv):
         self.goal_pose = GOAL_POSES[self.goal]
         position = self._words_stream.random()  # in [0, 1), so that it is drawn alike from lists of different lengths
         wordings = self.wordings[self.goal]
-        sentences = {"seen": wordings.seen, "unseen": wordings.unseen, "first": wordings.seen[:1]}[self.choices.wordings]
+        sentences = {"seen": wordings.seen, "unseen": wordings.unseen, "first": wordings.seen[:1]}[
+            self.choices.wordings
+        ]
         self.task = sentences[int(position * len(sentences))]
 
     def _judge(self) -> tuple[float, bool, dict]:
