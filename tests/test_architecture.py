@@ -44,6 +44,7 @@ HEIGHT = {module: height for height, layer in enumerate(LAYERS) for module in la
 ROOMS = {
     "zarr": {"replay", "importers", "validation"},
     "open_clip": {"encoders/clip_towers"},
+    "peft": {"encoders/lora"},
     "diffusers": {"processes"},
     "lightning": {"training", "train"},
     "omegaconf": set().union(*LAYERS[HEIGHT["config"] :]),
