@@ -22,37 +22,30 @@ import numpy as np
 import pymunk
 
 from diffpolicy.envs.base import RobotEnv
+from diffpolicy.envs.table_picture import (
+    BLOCK_COLOURS,
+    PUSHER_COLOUR,
+    TABLE_COLOUR as TABLE_COLOUR,
+    TARGET_COLOUR,
+    ZONE_COLOURS,
+    empty_table,
+    paint_disc,
+    paint_square,
+    paint_zone,
+)
+from diffpolicy.envs.table_world import PUSHER_RADIUS, TABLE, TableWorld, square
 from diffpolicy.spec import ENVIRONMENT_STATE, IMAGES, STATE
 
 GOAL = "observation.goal"
 TOP_CAMERA = IMAGES + "top"
 
-TABLE = 512.0
-PUSHER_RADIUS = 16.0
 BLOCK_HALF = 24.0
 """Half the side of a square block."""
 POST_RADIUS = 45.0
-RAIL_INSET = 40.0
-"""Distance of the rail from the table's edge; more than the pusher's width, so that it fits behind a block there."""
-
-PHYSICS_HZ = 100
-STIFFNESS, DAMPING = 100.0, 20.0
-"""Position control of the pusher, in 1/s^2 and 1/s: critically damped, as in Push-T."""
-MAX_SPEED = 500.0
-"""Speed limit of the pusher's drive, px/s: 5 px in one physics step, so that it never jumps into a block."""
-PUSHER_MASS = 10.0
-"""In block masses: heavy enough to hardly notice a block, finite so that the post and the edges stop it."""
-FRICTION = 1.2
-"""Of pusher and blocks; a contact has the product of the two. Rubber: a push at an angle does not slip off."""
 TURN_RESISTANCE = 4.0
 """Times the moment of inertia of a uniform square: a block pushed beside its middle goes on rather than turning away."""
 
-BLOCK_COLOURS = {"red": (208, 40, 42), "blue": (38, 92, 204), "yellow": (238, 190, 24), "purple": (128, 60, 170)}
-ZONE_COLOURS = {"green": (46, 160, 70), "orange": (248, 130, 22), "pink": (236, 106, 180), "cyan": (36, 186, 206)}
-TABLE_COLOUR, RAIL_COLOUR, POST_COLOUR = (240, 238, 232), (214, 211, 203), (128, 124, 120)
-PUSHER_COLOUR, TARGET_COLOUR = (34, 34, 40), (230, 0, 120)
-
-_PUSHER, _BLOCK, _FIXED = 1, 2, 4
+POST_COLOUR = (128, 124, 120)
 
 
 def instruction(block: str, zone: str) -> str:
@@ -153,10 +146,13 @@ class TabletopEnv(RobotEnv):
         self.action_space = gym.spaces.Box(0.0, TABLE, (2,), np.float32)
 
         self._step = 0
-        self._space: pymunk.Space | None = None
         self._target: tuple[float, float] | None = None
         self._backgrounds: dict[int, np.ndarray] = {}
-        self._build_bodies()
+        moment = TURN_RESISTANCE * pymunk.moment_for_box(1.0, (2 * BLOCK_HALF, 2 * BLOCK_HALF))
+        shapes = [square(BLOCK_HALF)] * config.num_blocks
+        self._world = TableWorld(shapes, moment=moment, control_hz=self.fps, post_radius=POST_RADIUS)
+        self._pusher, self._blocks = self._world.pusher, self._world.blocks
+        self._started = False
 
     # ---------------------------------------------------------------------------------------------- episodes
 
@@ -167,7 +163,7 @@ class TabletopEnv(RobotEnv):
             self._set_state(options["state"])
         else:
             self._set_state(self._random_start(self.np_random))
-        self._step, self._target = 0, None
+        self._step, self._target, self._started = 0, None, True
         return self._observe(), {"is_success": self._asked_distance() <= self.config.zone_radius}
 
     def step(self, action):
@@ -176,13 +172,13 @@ class TabletopEnv(RobotEnv):
         Raises:
             ValueError: the action is not two finite numbers.
         """
-        if self._space is None:
+        if not self._started:
             raise ValueError("call reset() before step()")
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (2,) or not np.isfinite(action).all():
             raise ValueError(f"action must be 2 finite numbers (target x, y in px), got {action!r}")
         self._target = (float(action[0]), float(action[1]))
-        self._simulate(*self._target)
+        self._world.drive(*self._target)
         self._step += 1
         distance = self._asked_distance()
         success = distance <= self.config.zone_radius
@@ -293,61 +289,8 @@ class TabletopEnv(RobotEnv):
         self._pusher.position, self._pusher.velocity = state[0:2].tolist(), state[2:4].tolist()
         for body, (x, y, angle, vx, vy, spin) in zip(self._blocks, poses.reshape(num_blocks, 6).tolist(), strict=True):
             body.position, body.angle, body.velocity, body.angular_velocity = (x, y), angle, (vx, vy), spin
-        self._post.unsafe_set_offset(self.post_xy.tolist())
-        self._renew_space()
-
-    # ------------------------------------------------------------------------------------------------- physics
-
-    def _build_bodies(self) -> None:
-        self._pusher = pymunk.Body(PUSHER_MASS, math.inf)
-        disc = pymunk.Circle(self._pusher, PUSHER_RADIUS)
-        disc.filter = pymunk.ShapeFilter(categories=_PUSHER, mask=_BLOCK | _FIXED)
-        self._blocks = []
-        shapes = [disc]
-        for _ in range(self.config.num_blocks):
-            side = 2 * BLOCK_HALF
-            body = pymunk.Body(1.0, TURN_RESISTANCE * pymunk.moment_for_box(1.0, (side, side)))
-            square = pymunk.Poly.create_box(body, (side, side))
-            square.filter = pymunk.ShapeFilter(categories=_BLOCK, mask=_PUSHER | _BLOCK | _FIXED)
-            self._blocks.append(body)
-            shapes.append(square)
-        ground = pymunk.Body(body_type=pymunk.Body.STATIC)
-        for inset, stops in ((0.0, _PUSHER), (RAIL_INSET, _BLOCK)):
-            low, high, thick = inset - 20, TABLE - inset + 20, 20.0
-            for a, b in (((0, 0), (0, 1)), ((0, 1), (1, 1)), ((1, 1), (1, 0)), ((1, 0), (0, 0))):
-                ends = [tuple(high if corner else low for corner in point) for point in (a, b)]
-                wall = pymunk.Segment(ground, *ends, thick)
-                wall.filter = pymunk.ShapeFilter(categories=_FIXED, mask=stops)
-                shapes.append(wall)
-        self._post = pymunk.Circle(ground, POST_RADIUS)
-        self._post.filter = pymunk.ShapeFilter(categories=_FIXED, mask=_PUSHER | _BLOCK)
-        shapes.append(self._post)
-        for shape in shapes[: 1 + self.config.num_blocks]:
-            shape.friction = FRICTION
-        self._things = [self._pusher, *self._blocks, ground, *shapes]
-
-    def _renew_space(self) -> None:
-        """Puts everything into an empty space: no contact is remembered, so get_state() is all there is to know."""
-        if self._space is not None:
-            self._space.remove(*self._things)
-        self._space = pymunk.Space()
-        self._space.damping = 0.0  # quasi-static: what is not pushed stops at once
-        self._space.add(*self._things)
-        for body in (self._pusher, *self._blocks):
-            # A step of no time clears the solver's hidden push-apart velocity and moves nothing.
-            pymunk.Body.update_position(body, 0.0)
-
-    def _simulate(self, target_x: float, target_y: float) -> None:
-        """One control step of the pusher's position control and the physics."""
-        pusher, space, dt = self._pusher, self._space, 1.0 / PHYSICS_HZ
-        for _ in range(round(PHYSICS_HZ / self.fps)):
-            (x, y), (vx, vy) = pusher.position, pusher.velocity
-            vx += (STIFFNESS * (target_x - x) - DAMPING * vx) * dt
-            vy += (STIFFNESS * (target_y - y) - DAMPING * vy) * dt
-            slow = min(1.0, MAX_SPEED / max(math.hypot(vx, vy), 1e-9)) * PUSHER_MASS / dt
-            pusher.force = (vx * slow, vy * slow)  # velocities start at 0 (damping): this force gives (vx, vy)
-            space.step(dt)
-        self._renew_space()
+        self._world.place_post(self.post_xy)
+        self._world.renew()
 
     # ------------------------------------------------------------------------------------------------ pictures
 
@@ -356,7 +299,7 @@ class TabletopEnv(RobotEnv):
         picture = self._draw(self.config.render_size)
         if self._target is not None:
             scale = self.config.render_size / TABLE
-            _paint_disc(picture, scale, self._target, 7.0, TARGET_COLOUR, ring=3.0)
+            paint_disc(picture, scale, self._target, 7.0, TARGET_COLOUR, ring=3.0)
         return picture
 
     def action_to_pixels(self, actions: np.ndarray) -> np.ndarray:
@@ -370,20 +313,15 @@ class TabletopEnv(RobotEnv):
             self._backgrounds[size] = self._paint_background(size)
         picture = self._backgrounds[size].copy()
         for name, body in zip(self.block_names, self._blocks, strict=True):
-            _paint_square(picture, scale, body.position, BLOCK_HALF, body.angle, BLOCK_COLOURS[name])
-        _paint_disc(picture, scale, self._pusher.position, PUSHER_RADIUS, PUSHER_COLOUR)
+            paint_square(picture, scale, body.position, BLOCK_HALF, body.angle, BLOCK_COLOURS[name])
+        paint_disc(picture, scale, self._pusher.position, PUSHER_RADIUS, PUSHER_COLOUR)
         return picture
 
     def _paint_background(self, size: int) -> np.ndarray:
-        scale = size / TABLE
-        picture = np.empty((size, size, 3), dtype=np.uint8)
-        picture[:] = TABLE_COLOUR
-        centre, half = (TABLE / 2, TABLE / 2), TABLE / 2 - RAIL_INSET
-        _paint_square(picture, scale, centre, half, 0.0, RAIL_COLOUR, ring=2.5)
+        scale, picture = size / TABLE, empty_table(size)
         for name, xy in zip(self.zone_names, self.zone_xy, strict=True):
-            _paint_disc(picture, scale, xy, self.config.zone_radius, ZONE_COLOURS[name], opacity=0.45)
-            _paint_disc(picture, scale, xy, self.config.zone_radius, ZONE_COLOURS[name], ring=5.0)
-        _paint_disc(picture, scale, self.post_xy, POST_RADIUS, POST_COLOUR)
+            paint_zone(picture, scale, xy, self.config.zone_radius, ZONE_COLOURS[name])
+        paint_disc(picture, scale, self.post_xy, POST_RADIUS, POST_COLOUR)
         return picture
 
 
@@ -391,37 +329,3 @@ def _distance_to_segment(point: np.ndarray, start: np.ndarray, end: np.ndarray) 
     along = end - start
     share = np.clip((point - start) @ along / (along @ along), 0.0, 1.0)
     return float(np.linalg.norm(point - start - share * along))
-
-
-def _paint_disc(picture, scale, centre, radius, colour, *, opacity=1.0, ring=0.0) -> None:
-    """Blends a disc, or its outline of width `ring`, into the picture; lengths in px of the table."""
-    (rows, columns), x, y = _patch(picture, scale, centre, radius)
-    outside = np.sqrt(x * x + y * y) - radius * scale  # signed distance, in picture pixels
-    _blend(picture, rows, columns, outside, scale * ring, colour, opacity)
-
-
-def _paint_square(picture, scale, centre, half, angle, colour, *, opacity=1.0, ring=0.0) -> None:
-    """Blends a square turned by `angle` (radians), or its outline, into the picture."""
-    (rows, columns), x, y = _patch(picture, scale, centre, half * math.sqrt(2))
-    cos, sin = math.cos(angle), math.sin(angle)
-    outside = np.maximum(np.abs(cos * x + sin * y), np.abs(cos * y - sin * x)) - half * scale
-    _blend(picture, rows, columns, outside, scale * ring, colour, opacity)
-
-
-def _patch(picture, scale, centre, reach):
-    """The part of the picture within `reach` of a centre, and where its pixels lie from there: x (1, w), y (h, 1)."""
-    parts, offsets = [], []
-    for middle, size in ((centre[1] * scale, picture.shape[0]), (centre[0] * scale, picture.shape[1])):
-        low = min(max(int(middle - reach * scale - 1), 0), size)
-        high = min(max(int(middle + reach * scale + 2), low), size)
-        parts.append(slice(low, high))
-        offsets.append(np.arange(low, high, dtype=np.float32) + np.float32(0.5 - middle))
-    return parts, offsets[1][None, :], offsets[0][:, None]
-
-
-def _blend(picture, rows, columns, outside, ring, colour, opacity) -> None:
-    if ring:
-        outside = np.abs(outside + ring / 2) - ring / 2
-    cover = np.clip(0.5 - outside, 0.0, 1.0)[..., None] * np.float32(opacity)
-    patch = picture[rows, columns]
-    picture[rows, columns] = np.rint(patch + (np.array(colour, dtype=np.float32) - patch) * cover)
