@@ -6,8 +6,9 @@ A denoiser is an nn.Module built as `Class(config, action_dim=, pred_horizon=, c
     no_weight_decay() -> names of its parameters that the optimiser must not decay
     prepare(condition) -> prepared       optional: what the condition contributes to every denoising step of a chunk
 
-Where there is a `prepare`, forward takes its result in place of the condition and answers the same to the bit; it holds
-for the batch it was made of. `prepared.without` holds the same for each part in condition.without.
+Where there is a `prepare`, forward takes its result in place of the condition and answers the same up to rounding (`dit`:
+to the bit). The result is for the rows it was made of: repeat a condition for several samples, or concatenate it for
+guidance, before preparing it.
 
 `t` is the network time the process hands over (step numbers for DDPM); `dit` also takes one per action, (B, T_pred).
 What the prediction means (epsilon, sample, velocity) is the process's business. The tests of this family run on whatever

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from diffpolicy.denoisers.dit_blocks import (
     UNMODULATED,
     DitBlock,
-    KeysValues,
     Modulation,
     hide_padding,
     keep_condition,
@@ -23,6 +22,7 @@ from diffpolicy.denoisers.dit_blocks import (
     prefix_mask,
 )
 from diffpolicy.denoisers.embedding import check_chunk, check_embedding_dim, sinusoidal_embedding
+from diffpolicy.denoisers.transformer import KeysValues
 from diffpolicy.spec import Condition, ConditionSpec, unknown_name
 
 FUSIONS = ("film", "adaln", "cross_attention", "unified", "readout")
@@ -96,8 +96,6 @@ class PreparedCondition:
     """Who sees whom in a block's first attention, (T, S) or (B, 1, T, S) bool; None: all see all."""
     kept_mask: Tensor | None
     """Which kept tokens an action may look at in attention of its own to them, as mask."""
-    without: dict[str, PreparedCondition] = field(default_factory=dict)
-    """The same for Condition.without."""
 
 
 class Dit(nn.Module):
@@ -227,8 +225,7 @@ class Dit(nn.Module):
         modulation = None
         if self.cond_encoder is not None:
             modulation = self.cond_modulation(F.silu(self.cond_encoder(vector))).unsqueeze(1)  # (B, 1, N)
-        without = {part: self.prepare(c) for part, c in condition.without.items()}
-        return PreparedCondition(modulation, kept, mask, kept_mask, without)
+        return PreparedCondition(modulation, kept, mask, kept_mask)
 
     def _read_out(self, tokens: Tensor, padding: Tensor | None) -> Tensor:
         """The condition's tokens (B, L, W) -> what the readout tokens made of them, (B, R * W)."""

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffpolicy.denoisers.transformer import causal_mask, memory_mask
+from diffpolicy.denoisers.transformer import KeysValues, causal_mask, joined, memory_mask
 
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of some tokens in one layer, each (B, heads, S, W / heads)."""
 Modulation = tuple[Tensor | None, ...]
 """Shift, scale and gate of the attention, then of the MLP; each (B, 1, W), or (B, T_pred, W) where actions have their own times."""
 UNMODULATED: Modulation = (None,) * 6
@@ -30,11 +28,6 @@ def modulated(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
 def added(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     """The residual stream with a branch added, through its gate where there is one."""
     return x + branch if gate is None else torch.addcmul(x, gate, branch)
-
-
-def joined(first: KeysValues, second: KeysValues) -> KeysValues:
-    """Keys and values of two runs of tokens, side by side."""
-    return torch.cat([first[0], second[0]], dim=2), torch.cat([first[1], second[1]], dim=2)
 
 
 class Attention(nn.Module):

@@ -32,6 +32,16 @@ class MlpConfig:
         check_embedding_dim("denoiser.embed_dim", self.embed_dim)
 
 
+@dataclass(frozen=True)
+class PreparedShares:
+    """What a condition contributes to every denoising step of a chunk; MlpDenoiser.forward takes it in its place."""
+
+    stem: Tensor
+    """(B, W)"""
+    modulation: Tensor
+    """(B, (3 * depth + 2) * W)"""
+
+
 class ModulatedBlock(nn.Module):
     """Norm, shift and scale, two layers, gate, around a skip."""
 
@@ -54,7 +64,7 @@ class MlpDenoiser(nn.Module):
     the stem. The condition's global vector is used, its tokens are not.
 
     The condition enters in two linear layers only, `stem` and `modulation`, both over a concatenation. So each splits
-    into a part of the condition, the same for all denoising steps of a chunk, and a part of (x_t, t).
+    into a part of the condition, the same for all denoising steps of a chunk (`prepare`), and a part of (x_t, t).
     """
 
     def __init__(self, config: MlpConfig, *, action_dim: int, pred_horizon: int, cond: ConditionSpec):
@@ -78,19 +88,33 @@ class MlpDenoiser(nn.Module):
         """Names of parameters without weight decay: the biases."""
         return {name for name, _ in self.named_parameters() if name.endswith("bias")}
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def prepare(self, condition: Condition) -> PreparedShares:
+        """What the condition adds to the two linear layers it enters, biases included."""
+        cond = self.cond_encoder(condition.global_cond)  # (B, E)
+        stem, modulation = self.stem, self.modulation
+        return PreparedShares(
+            stem=F.linear(cond, stem.weight[:, -self.embed_dim :], stem.bias),
+            modulation=F.linear(F.silu(cond), modulation.weight[:, self.embed_dim :], modulation.bias),
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition | PreparedShares) -> Tensor:
         """What the network was trained to predict, in the shape of x_t.
 
         Args:
             x_t: noisy chunk, (B, T_pred, D_act).
             t: network time, (B,).
-            condition: its global_cond (B, D_cond) is used.
+            condition: its global_cond (B, D_cond) is used; or what prepare made of it.
         """
         check_chunk(x_t, t, self.pred_horizon, self.action_dim)
         time = self.time_encoder(sinusoidal_embedding(t.to(x_t.dtype), self.embed_dim))  # (B, E)
-        cond = self.cond_encoder(condition.global_cond)  # (B, E)
-        x = self.stem(torch.cat([x_t.flatten(1), cond], dim=-1))  # (B, W)
-        modulation = self.modulation(F.silu(torch.cat([time, cond], dim=-1)))
+        if isinstance(condition, PreparedShares):
+            x = torch.addmm(condition.stem, x_t.flatten(1), self.stem.weight[:, : -self.embed_dim].T)
+            of_time = self.modulation.weight[:, : self.embed_dim]
+            modulation = torch.addmm(condition.modulation, F.silu(time), of_time.T)
+        else:  # in one piece, which is faster where gradients are wanted
+            cond = self.cond_encoder(condition.global_cond)  # (B, E)
+            x = self.stem(torch.cat([x_t.flatten(1), cond], dim=-1))  # (B, W)
+            modulation = self.modulation(F.silu(torch.cat([time, cond], dim=-1)))
         *per_block, shift, scale = modulation.chunk(self.num_modulations, dim=-1)  # each (B, W)
         for i, block in enumerate(self.blocks):
             x = block(x, *per_block[3 * i : 3 * i + 3])

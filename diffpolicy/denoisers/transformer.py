@@ -66,7 +66,10 @@ def memory_mask(pred_horizon: int, frames: tuple[int | None, ...]) -> Tensor:
 
 
 def hide_padding(mask: Tensor | None, token_mask: Tensor | None) -> Tensor | None:
-    """`mask` (T, 1 + L) to be added to attention, with padded tokens (B, L) hidden too: (B, 1, T, 1 + L); token 0 is never padding."""
+    """`mask` (T, 1 + L), to be added to attention, with padded tokens (B, L) hidden too: (B, 1, 1 or T, 1 + L).
+
+    Token 0, the diffusion time, is never padding.
+    """
     if token_mask is None:
         return mask
     hidden = F.pad(
@@ -74,6 +77,15 @@ def hide_padding(mask: Tensor | None, token_mask: Tensor | None) -> Tensor | Non
     )
     hidden = hidden[:, None, None, :]  # (B, 1, 1, 1 + L)
     return hidden if mask is None else mask + hidden
+
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of some tokens in one layer, each (B, heads, S, W / heads)."""
+
+
+def joined(first: KeysValues, second: KeysValues) -> KeysValues:
+    """Keys and values of two runs of tokens, side by side."""
+    return torch.cat([first[0], second[0]], dim=2), torch.cat([first[1], second[1]], dim=2)
 
 
 class Attention(nn.Module):
@@ -90,18 +102,24 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * config.width))
         self.out_proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
-        """Each token of x (B, T, W) looks at memory (B, S, W) through mask, (T, S) or (B, 1, T, S) -> (B, T, W)."""
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, S, W) -> (B, heads, S, W / heads)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def keys_values(self, memory: Tensor) -> KeysValues:
+        """Of the tokens of a memory (B, S, W)."""
+        width = memory.shape[-1]
+        keys, values = F.linear(memory, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
+        return self.heads(keys), self.heads(values)
+
+    def forward(self, x: Tensor, memory: Tensor | KeysValues, mask: Tensor | None) -> Tensor:
+        """Each token of x (B, T, W) looks at memory (B, S, W), or its keys and values, through mask, (T, S) or (B, 1, T, S)."""
         width = x.shape[-1]
         if x is memory:
-            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            q, k, v = map(self.heads, F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1))
         else:
-            q_weight, kv_weight = self.in_proj_weight.split([width, 2 * width])
-            q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
-            q = F.linear(x, q_weight, q_bias)
-            k, v = F.linear(memory, kv_weight, kv_bias).chunk(2, dim=-1)
-        # (B, heads, T or S, W / heads)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+            q = self.heads(F.linear(x, self.in_proj_weight[:width], self.in_proj_bias[:width]))
+            k, v = memory if isinstance(memory, tuple) else self.keys_values(memory)
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out_proj(out.transpose(1, 2).flatten(-2))
@@ -140,12 +158,24 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None, memory_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, memory: Tensor | KeysValues, mask: Tensor | None, memory_mask: Tensor | None
+    ) -> Tensor:
         y = self.norm1(x)
         x = x + self.dropout(self.self_attn(y, y, mask))
         x = x + self.dropout(self.multihead_attn(self.norm2(x), memory, memory_mask))
         y = self.dropout(F.gelu(self.linear1(self.norm3(x))))
         return x + self.dropout(self.linear2(y))
+
+
+@dataclass(frozen=True)
+class PreparedMemory:
+    """What a condition contributes to every denoising step of a chunk; DiffusionTransformer.forward takes it in its place."""
+
+    kept: tuple[KeysValues, ...]
+    """Keys and values of its L tokens in each decoder layer."""
+    token_mask: Tensor | None
+    """(B, L) bool, as in Condition."""
 
 
 class LayerStack(nn.Module):
@@ -217,22 +247,38 @@ class DiffusionTransformer(nn.Module):
             if name.endswith("bias") or name.rpartition(".")[0] in norms or name in ("pos_emb", "cond_pos_emb")
         }
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def prepare(self, condition: Condition) -> Condition | PreparedMemory:
+        """Keys and values of the condition's tokens; with num_cond_layers they see diffusion time, so that none can be kept."""
+        if isinstance(self.encoder, LayerStack):
+            return condition
+        memory = self.encoder(self.drop(self.cond_obs_emb(condition.tokens) + self.cond_pos_emb[:, 1:]))  # (B, L, W)
+        kept = tuple(layer.multihead_attn.keys_values(memory) for layer in self.decoder.layers)
+        return PreparedMemory(kept, condition.token_mask)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition | PreparedMemory) -> Tensor:
         """What the network was trained to predict, in the shape of x_t.
 
         Args:
             x_t: noisy chunk, (B, T_pred, D_act).
             t: network time, (B,).
-            condition: its tokens (B, L, D_token) are used, but for those that token_mask hides.
+            condition: its tokens (B, L, D_token) are used, but for those that token_mask hides; or what prepare made of it.
         """
         check_chunk(x_t, t, self.pred_horizon, self.action_dim)
         time_token = sinusoidal_embedding(t.to(x_t.dtype), self.width).unsqueeze(1)  # (B, 1, W)
-        tokens = torch.cat([time_token, self.cond_obs_emb(condition.tokens)], dim=1)  # (B, 1+L, W)
-        memory = self.drop(tokens + self.cond_pos_emb)
-        if isinstance(self.encoder, LayerStack):
-            memory = self.encoder(memory, hide_padding(None, condition.token_mask))
+        if isinstance(condition, PreparedMemory):
+            time = self.encoder(self.drop(time_token + self.cond_pos_emb[:, :1]))
+            of_time = [layer.multihead_attn.keys_values(time) for layer in self.decoder.layers]
+            memories = [joined(first, kept) for first, kept in zip(of_time, condition.kept, strict=True)]
         else:
-            memory = self.encoder(memory)
+            tokens = torch.cat([time_token, self.cond_obs_emb(condition.tokens)], dim=1)  # (B, 1+L, W)
+            memory = self.drop(tokens + self.cond_pos_emb)
+            if isinstance(self.encoder, LayerStack):
+                memory = self.encoder(memory, hide_padding(None, condition.token_mask))
+            else:
+                memory = self.encoder(memory)
+            memories = [memory] * len(self.decoder.layers)
         x = self.drop(self.input_emb(x_t) + self.pos_emb)  # (B, T_pred, W)
-        x = self.decoder(x, memory, self.mask, hide_padding(self.memory_mask, condition.token_mask))
+        memory_mask = hide_padding(self.memory_mask, condition.token_mask)
+        for layer, memory in zip(self.decoder.layers, memories, strict=True):
+            x = layer(x, memory, self.mask, memory_mask)
         return self.head(self.ln_f(x))  # (B, T_pred, D_act)
