@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffpolicy.denoisers import DENOISERS
 from diffpolicy.encoders import ENCODERS
 from diffpolicy.envs import ENVIRONMENTS
+from diffpolicy.guidance import GuidanceConfig
 from diffpolicy.normalizer import Normalizer, NormalizerConfig
 from diffpolicy.policies import POLICIES, DiffusionPolicy
 from diffpolicy.processes import PROCESSES, SamplerConfig
@@ -62,6 +63,7 @@ class Config:
     horizons: Horizons = field(default_factory=Horizons)
     normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     encoder: Choice
     denoiser: Choice
@@ -224,6 +226,7 @@ def build_policy(config: Config, spec: DataSpec) -> DiffusionPolicy:
         horizons=config.horizons,
         spec=spec,
         sampler=config.sampler,
+        guidance=config.guidance,
     )
 
 

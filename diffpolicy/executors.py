@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from diffpolicy.encoders.parts import part_of
 from diffpolicy.policies import DiffusionPolicy
-from diffpolicy.spec import IMAGES, TASK
+from diffpolicy.spec import TASK
 
 
 class RecedingHorizon:
@@ -28,7 +29,7 @@ class RecedingHorizon:
     def __init__(self, policy: DiffusionPolicy, *, batch_size: int | None = None):
         self.policy = policy
         self.batch_size = batch_size
-        self.observation_keys = tuple(k for k in policy.spec.fields if k.startswith("observation."))
+        self.observation_keys = policy.spec.input_keys
         self.reset()
 
     def reset(self) -> None:
@@ -42,25 +43,30 @@ class RecedingHorizon:
         """Actions to play before the next look.
 
         Args:
-            obs: role -> (B, T_obs, ...) arrays in physical units; `task` -> B strings.
+            obs: role -> (B, T_obs, ...) arrays in physical units, (B, 1, ...) for what is wanted; `task` -> B strings.
             generators: one for each of the B environments.
         Returns:
             (B, T_act, D_act) float64, physical units.
         Raises:
             ValueError: an observation is missing, or has another shape than the policy was trained on.
         """
-        missing = [key for key in self.observation_keys if key not in obs]
-        if missing:
-            raise ValueError(f"the policy needs {missing}; the observation holds {sorted(obs)}")
-        batch = len(obs[self.observation_keys[0]])
+        self._looked_at(obs)
+        batch = len(next(iter(obs.values())))
         size = self.batch_size or batch
         parts = [self._plan_rows(obs, generators, lo, min(lo + size, batch), size) for lo in range(0, batch, size)]
         return np.concatenate(parts)
 
+    def _looked_at(self, obs: dict) -> list[str]:
+        """Roles of an observation that the policy looks at; ValueError where one is missing that it needs."""
+        missing = [k for k in self.observation_keys if k not in obs and part_of(k) not in self.policy.droppable]
+        if missing:
+            raise ValueError(f"the policy needs {missing}; the observation holds {sorted(obs)}")
+        return [k for k in self.observation_keys if k in obs]
+
     def _plan_rows(self, obs, generators, lo: int, hi: int, size: int) -> np.ndarray:
         rows = np.minimum(np.arange(lo, lo + size), hi - 1)  # the last row fills up
-        ready = {k: torch.from_numpy(obs[k][rows]).to(self.policy.device) for k in self.observation_keys}
-        ready = {k: v if k.startswith(IMAGES) else v.float() for k, v in ready.items()}
+        ready = {k: torch.from_numpy(obs[k][rows]).to(self.policy.device) for k in self._looked_at(obs)}
+        ready = {k: v.float() if k in self.policy.spec.state_keys else v for k, v in ready.items()}
         if TASK in obs:
             ready[TASK] = [obs[TASK][i] for i in rows]
         row_generators = None
@@ -81,7 +87,8 @@ class RecedingHorizon:
         if not self._promised:
             frames = list(self._history)
             frames = [frames[0]] * (self.policy.horizons.obs - len(frames)) + frames
-            stacked = {k: np.stack([f[k] for f in frames])[None] for k in self.observation_keys}
+            kept = {k: frames[-1:] if k in self.policy.spec.goal_keys else frames for k in self._looked_at(obs)}
+            stacked = {k: np.stack([f[k] for f in frames])[None] for k, frames in kept.items()}
             if TASK in obs:
                 stacked[TASK] = [obs[TASK]]
             self._promised.extend(self.plan(stacked, None if generator is None else [generator])[0])

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from diffpolicy.replay import ReplayBuffer
-from diffpolicy.spec import ACTION, IMAGES, TASK, Batch, DataSpec, FieldSpec, Horizons, KeySelection
+from diffpolicy.spec import (
+    ACTION,
+    GOAL_IMAGE,
+    IMAGES,
+    TASK,
+    Batch,
+    DataSpec,
+    FieldSpec,
+    Horizons,
+    KeySelection,
+    Observation,
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ def read_role(
         ValueError: the store lacks the key, the dimensions do not exist, or an image is not (H, W, 3) of 0..255.
     """
     chosen = KeySelection.parse(selection)
-    if role.startswith(IMAGES):
+    if role.startswith(IMAGES) or role == GOAL_IMAGE:
         if chosen.dims is not None:
             raise ValueError(f"data.keys.{role} is an image; dimensions cannot be chosen from it, got {selection!r}")
         return buffer.read_images_uint8(chosen.key)
@@ -139,7 +150,8 @@ class WindowDataset:
 
     def to(self, device: torch.device | str) -> WindowDataset:
         """Moves data and indices to a device, where batches are then gathered."""
-        self.arrays = {k: v.to(device) for k, v in self.arrays.items()}
+        moved = {id(v): v.to(device) for v in self.arrays.values()}  # a goal image shares its camera's frames
+        self.arrays = {k: moved[id(v)] for k, v in self.arrays.items()}
         for name in ("_now", "_start", "_last", "_obs_offsets", "_action_offsets"):
             setattr(self, name, getattr(self, name).to(device))
         return self
@@ -154,7 +166,11 @@ class WindowDataset:
         obs_rows = torch.minimum(torch.maximum(now + self._obs_offsets, start), last)  # (B, T_obs)
         wanted = now + self._action_offsets  # (B, T_pred)
         action_rows = torch.minimum(torch.maximum(wanted, start), last)
-        obs = {key: array[obs_rows] for key, array in self.arrays.items() if key != ACTION} | tasks
+        obs: Observation = {}
+        for key, array in self.arrays.items():
+            if key != ACTION:  # what was wanted is what the episode ended with, (B, 1, H, W, 3)
+                obs[key] = array[last if key == GOAL_IMAGE else obs_rows]
+        obs |= tasks
         return Batch(obs=obs, actions=self.arrays[ACTION][action_rows], mask=wanted == action_rows, window=window)
 
     def describe(self, window: int) -> str:
@@ -177,9 +193,14 @@ def load_windows(
     if not any(role.startswith("observation.") for role in keys):
         raise ValueError(f"data.keys must name at least one observation.*, got only {sorted(keys)}")
     for role in keys:
-        if role != ACTION and not role.startswith("observation."):
-            raise ValueError(f"data.keys must be action or observation.*, got {role!r}, which no policy would look at")
-    arrays = {role: read_role(buffer, role, selection) for role, selection in keys.items()}
+        if role not in (ACTION, GOAL_IMAGE) and not role.startswith("observation."):
+            raise ValueError(
+                f"data.keys must be action, {GOAL_IMAGE} or observation.*, got {role!r}, which no policy would look at"
+            )
+    arrays = {role: read_role(buffer, role, selection) for role, selection in keys.items() if role != GOAL_IMAGE}
+    if GOAL_IMAGE in keys:  # frames that a camera has already are not read twice
+        camera = next((r for r in arrays if r.startswith(IMAGES) and keys[r] == keys[GOAL_IMAGE]), None)
+        arrays[GOAL_IMAGE] = arrays[camera] if camera else read_role(buffer, GOAL_IMAGE, keys[GOAL_IMAGE])
     fields = {}
     for role, array in arrays.items():
         chosen = KeySelection.parse(keys[role])
@@ -189,6 +210,8 @@ def load_windows(
         fields[role] = FieldSpec(shape=array.shape[1:], dtype=str(array.dtype), names=names, units=known.units)
     spec = DataSpec(fields=fields, fps=buffer.fps, tasks=buffer.tasks)
     tensors = {role: torch.from_numpy(np.ascontiguousarray(array)) for role, array in arrays.items()}
+    if GOAL_IMAGE in keys and camera:
+        tensors[GOAL_IMAGE] = tensors[camera]
     episode_tasks = [buffer.episode_task(i) for i in range(len(buffer.episode_ends))] if buffer.tasks else None
     datasets = [
         WindowDataset(

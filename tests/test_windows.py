@@ -191,7 +191,7 @@ def test_selection_takes_these_dimensions(tiny_store, selection, columns):
         ({"action": "action"}, r"data.keys must name at least one observation"),
         (
             {"action": "action", "observation.state": "state", "observatoin.goal": "state"},
-            "data.keys must be action or observation.*, got 'observatoin.goal'",
+            "data.keys must be action, goal.image or observation.*, got 'observatoin.goal'",
         ),
         ({"action": "action", "observation.state": "state[5:]"}, "takes nothing; state has 5 numbers a step"),
         ({"action": "action", "observation.state": "stat"}, "stat"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,24 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffpolicy.encoders.parts import GOAL_PART, STATE_PART, Features, Part, PartsToCondition, part_of
 from diffpolicy.encoders.resnet import crop_frames
 from diffpolicy.encoders.state import concatenate_states, take_observation
-from diffpolicy.spec import (
-    TASK,
-    Condition,
-    ConditionSpec,
-    DataSpec,
-    Observation,
-    TokenGroup,
-    frame_tokens,
-    unknown_name,
-)
+from diffpolicy.spec import GOAL_IMAGE, TASK, Condition, DataSpec, Observation, unknown_name
 
 IMAGE_FEATURES = ("pooled", "patch_tokens")
-TEXT_FEATURES = ("none", "pooled")
+TEXT_FEATURES = ("none", "pooled", "tokens")
 TUNINGS = ("frozen", "full", "last_n")
-EMBEDDING_STD = 0.02
-"""Spread of the embeddings of cameras and frames at the start, GPT-2's."""
 PRETRAINED_LR_SCALE = 0.1
 """Of the policy's learning rate, for towers that begin with weights."""
 
@@ -43,7 +34,7 @@ class ClipConfig:
     image: str = "pooled"
     """`pooled`: one vector per frame and camera; `patch_tokens`: and the last layer's patches as tokens."""
     text: str = "pooled"
-    """`pooled`: the instruction as one vector; `none`: it is not looked at, and the text tower is dropped."""
+    """`pooled`: the instruction as one vector; `tokens`: and each of its words; `none`: the text tower is dropped."""
     prompt: str = "{}"
     """What the text tower reads; {} is the instruction, as in `a robot that is told to {}`."""
     tuning: str = "full"
@@ -61,7 +52,15 @@ class ClipConfig:
     square_crop: bool = False
     """Crop a square, which loses what lies at the sides; False: the crop keeps the frame's shape and is squeezed to a square."""
     token_dim: int = 128
-    """Width of the tokens, where words or patches are among them; frames alone stay as they are."""
+    """Width that all tokens are brought to."""
+    task_dropout: float = 0.0
+    """Share of training samples whose instruction is hidden behind a learned null: what guidance and wordless runs need."""
+    goal_dropout: float = 0.0
+    """The same for the goal image."""
+    camera_dropout: float = 0.0
+    """The same for each camera by itself, so that the policy can run without it."""
+    state_dropout: float = 0.0
+    """The same for the state: keeps a policy from copying what it feels of itself instead of looking."""
     architecture: dict[str, Any] | None = None
     """Leave it null: a checkpoint notes here how its towers are built. Then nothing is looked up and no weights are read."""
 
@@ -78,6 +77,9 @@ class ClipConfig:
                 raise ValueError(f"encoder.{name} must be at least 1, got {getattr(self, name)}")
         if self.lr_scale is not None and self.lr_scale <= 0:
             raise ValueError(f"encoder.lr_scale must be positive (tuning=frozen keeps weights), got {self.lr_scale}")
+        for name in ("task_dropout", "goal_dropout", "camera_dropout", "state_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"encoder.{name} must be in [0, 1), got {getattr(self, name)}")
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise ValueError(f"encoder.crop_ratio must be in (0, 1] or null, got {self.crop_ratio}")
 
@@ -87,40 +89,39 @@ class ClipConfig:
 
 
 class ClipEncoder(nn.Module):
-    """States, pooled images and the instruction as one vector; frames, patches and the instruction as tokens.
+    """States, cameras, a goal image and the instruction as one vector and as tokens; parts.py says in which order.
 
     Towers as in Radford et al. 2021, arXiv:2103.00020, built by open_clip; embeddings are not brought to length 1.
 
-        uint8 (B, T_obs, H, W, 3) - crop - resize -> image tower -+- pooled (B, T_obs, E) per camera --+-- frames (B, T_obs, F)
-        states (B, T_obs, D_state) -------------------------------|------------------------------------+
-        task, B strings -> text tower - words (B, E)              +- patches (B, T_obs * V * P, W) per camera, on demand
+        uint8 (B, T_obs, H, W, 3) - crop - resize -> image tower -+- pooled (B, T_obs, E) per camera
+                                                                  +- patches (B, T_obs, P, W) per camera, on demand
+        task, B strings -> text tower - words (B, E)
 
-        global_cond = [frame 0, ..., frame T_obs - 1, words]
-        tokens      = [frames (T_obs), patches (T_obs * V * P, frame by frame, camera by camera), words (1)]
-
-    All cameras share the image tower. The random crop of training is the same over a sample's frames.
+    All cameras and the goal image share the image tower. The random crop of training is the same over a sample's frames.
+    What a training dropout hides (`droppable`) may be missing later: a role that an observation lacks, a task of "".
     """
 
     def __init__(self, config: ClipConfig, *, spec: DataSpec, obs_horizon: int):
         super().__init__()
         from diffpolicy.encoders import clip_towers  # open_clip takes seconds that other policies need not pay
 
-        if not spec.state_keys and not spec.image_keys:
+        self.picture_keys = (*spec.image_keys, *spec.goal_keys)
+        if not spec.state_keys and not self.picture_keys:
             raise ValueError(f"encoder.name=clip needs a camera or a state, the data has only {sorted(spec.fields)}")
-        if not spec.image_keys and config.text == "none":
+        if not self.picture_keys and config.text == "none":
             raise ValueError(
                 f"encoder.name=clip has nothing to do with encoder.text=none and no camera among {sorted(spec.fields)}; "
                 "use encoder.name=state"
             )
-        if not spec.image_keys and config.image == "patch_tokens":
+        if not self.picture_keys and config.image == "patch_tokens":
             raise ValueError(f"encoder.image=patch_tokens needs a camera, the data has only {sorted(spec.fields)}")
         self.config, self.spec, self.obs_horizon = config, spec, obs_horizon
-        self._embed_image = clip_towers.embed_image
+        self._embed_image, self._embed_text = clip_towers.embed_image, clip_towers.embed_text
         towers = clip_towers.build_towers(
             config.model,
             config.pretrained,
-            need_image=bool(spec.image_keys),
-            need_text=config.text == "pooled",
+            need_image=bool(self.picture_keys),
+            need_text=config.text != "none",
             image_size=config.image_size,
             architecture=config.architecture,
         )
@@ -139,43 +140,56 @@ class ClipEncoder(nn.Module):
             )
 
         embed_dim = self.architecture["model"]["embed_dim"]
-        frame_dim = spec.state_dim
-        num_patches = 0
+        num_image_tokens, image_dim = 1, embed_dim
         if self.image_tower is not None:
             self.image_size = square_side(self.image_tower.image_size, config.model)
-            self.crop_sizes = {key: crop_size(config, key, spec.fields[key].shape) for key in spec.image_keys}
-            frame_dim += len(spec.image_keys) * embed_dim
+            self.crop_sizes = {key: crop_size(config, key, spec.fields[key].shape) for key in self.picture_keys}
             if config.image == "patch_tokens":
-                num_patches, patch_dim = clip_towers.patch_grid(self.image_tower, config.model)
+                num_image_tokens, image_dim = clip_towers.patch_grid(self.image_tower, config.model)
         if self.text_tower is not None:
             text = self.architecture["model"]["text_cfg"]
             choices = text.get("tokenizer_kwargs") or {}
             self.tokenizer = clip_towers.Tokenizer(self.text_tower.context_length, **choices)
-            self._embedded: dict[str, Tensor] = {}
+            self._embedded: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
             self._embedded_by: tuple = ()
 
-        # Frames alone are handed on as they are; beside other tokens all are brought to one width.
-        self.has_projections = num_patches > 0 or self.text_tower is not None
-        if self.has_projections:
-            self.frame_projection = nn.Linear(frame_dim, config.token_dim)
-        if num_patches:
-            self.patch_projection = nn.Linear(patch_dim, config.token_dim)
-            self.camera_embedding = nn.Parameter(torch.empty(len(spec.image_keys), 1, config.token_dim))
-            self.time_embedding = nn.Parameter(torch.empty(obs_horizon, 1, 1, config.token_dim))
-            nn.init.normal_(self.camera_embedding, std=EMBEDDING_STD)
-            nn.init.normal_(self.time_embedding, std=EMBEDDING_STD)
+        parts = []
+        if spec.state_keys:
+            parts.append(
+                Part(
+                    STATE_PART,
+                    "state",
+                    obs_horizon,
+                    spec.state_dim,
+                    1,
+                    spec.state_dim,
+                    config.state_dropout,
+                    framed=True,
+                )
+            )
+        picture = (embed_dim, num_image_tokens, image_dim)
+        parts += [
+            Part(key, "image", obs_horizon, *picture, config.camera_dropout, framed=True) for key in spec.image_keys
+        ]
+        parts += [Part(GOAL_PART, "goal", 1, *picture, config.goal_dropout, framed=False) for _ in spec.goal_keys]
         if self.text_tower is not None:
-            self.text_projection = nn.Linear(embed_dim, config.token_dim)
-        groups = list(frame_tokens(obs_horizon))
-        if num_patches:
-            groups += [TokenGroup("image", num_patches, frame) for frame in range(obs_horizon) for _ in spec.image_keys]
-        if self.text_tower is not None:
-            groups.append(TokenGroup("text", 1))
-        self.cond = ConditionSpec(
-            global_dim=obs_horizon * frame_dim + (embed_dim if self.text_tower is not None else 0),
-            token_dim=config.token_dim if self.has_projections else frame_dim,
-            groups=tuple(groups),
-        )
+            num_words, word_dim = 1, embed_dim
+            if config.text == "tokens":
+                num_words, word_dim = self.text_tower.context_length, text["width"]
+            parts.append(Part(TASK, "text", 1, embed_dim, num_words, word_dim, config.task_dropout, framed=False))
+        names = {part.name for part in parts}
+        for name, section in ((TASK, "task"), (GOAL_PART, "goal"), (STATE_PART, "state")):
+            if getattr(config, f"{section}_dropout") > 0 and name not in names:
+                warnings.warn(f"encoder.{section}_dropout is ignored: this policy has no {name}", stacklevel=2)
+        if config.camera_dropout > 0 and not spec.image_keys:
+            warnings.warn("encoder.camera_dropout is ignored: this policy has no camera", stacklevel=2)
+        self.assemble = PartsToCondition(parts, token_dim=config.token_dim)
+        self.cond = self.assemble.cond
+
+    @property
+    def droppable(self) -> frozenset[str]:
+        """Parts that may be missing, as training hid them now and then: `state`, camera roles, `goal`, `task`."""
+        return self.assemble.droppable
 
     def train(self, mode: bool = True) -> ClipEncoder:
         """Frozen parts stay in eval mode: no dropout, no moving statistics."""
@@ -192,38 +206,50 @@ class ClipEncoder(nn.Module):
         towers = ("image_tower.", "text_tower.")
         return {name: scale for name, p in self.named_parameters() if p.requires_grad and name.startswith(towers)}
 
-    def forward(self, obs: Observation) -> Condition:
-        """obs: role -> (B, T_obs, ...), states normalised, images uint8; task -> B strings; -> Condition."""
-        features, patches = [], None
-        if self.spec.state_keys:
-            features.append(concatenate_states(obs, self.spec, self.obs_horizon))
-        if self.image_tower is not None:
-            pooled, patches = self.embed_images(obs)
-            features.append(pooled)
-        frames = torch.cat(features, dim=-1)  # (B, T_obs, F)
-        words = None if self.text_tower is None else self.embed_tasks(obs, batch_size=len(frames), like=frames)
-        global_cond = frames.flatten(1)
-        tokens = [self.frame_projection(frames) if self.has_projections else frames]
-        if patches is not None:
-            patches = self.patch_projection(patches) + self.camera_embedding + self.time_embedding
-            tokens.append(patches.flatten(1, 3))  # (B, T_obs * V * P, token_dim)
-        if words is not None:
-            global_cond = torch.cat([global_cond, words], dim=-1)  # (B, T_obs * F + E)
-            tokens.append(self.text_projection(words).unsqueeze(1))
-        return Condition(global_cond=global_cond, tokens=torch.cat(tokens, dim=1))
+    def forward(self, obs: Observation, *, drop: Collection[str] = (), without: Collection[str] = ()) -> Condition:
+        """Condition of observations role -> (B, T_obs, ...): states normalised, images uint8; task -> B strings.
 
-    def embed_images(self, obs: Observation) -> tuple[Tensor, Tensor | None]:
-        """Every camera through the one tower, in one pass.
-
-        Returns:
-            pooled (B, T_obs, V * E), cameras side by side; patches (B, T_obs, V, P, W), or None where nobody asked.
+        Args:
+            drop: parts that are treated as missing although they are here.
+            without: parts for which the condition also comes without them (Condition.without), from the same features.
+        Raises:
+            ValueError: a part is missing that the policy never learned to do without, or has another shape or type.
         """
-        keys = self.spec.image_keys
-        pixels = torch.cat([self.pixels(obs, key) for key in keys])  # (V*B*T_obs, 3, S, S)
+        names = [part.name for part in self.assemble.parts]
+        for name in {*drop, *without} - set(names):
+            raise unknown_name("a part of this policy's observation", name, names)
+        batch_size = len(next(iter(obs.values())))
+        like = next(self.assemble.parameters())
+        features: dict[str, Features | None] = dict.fromkeys(names)
+        if STATE_PART in features and STATE_PART not in drop and any(key in obs for key in self.spec.state_keys):
+            states = concatenate_states(obs, self.spec, self.obs_horizon)  # (B, T_obs, D_state)
+            features[STATE_PART] = Features(states, states.unsqueeze(2))
+        here = [key for key in self.picture_keys if key in obs and part_of(key) not in drop]
+        if here:
+            for key, found in self.embed_images(obs, here).items():
+                features[part_of(key)] = found
+        if self.text_tower is not None and TASK not in drop:
+            features[TASK] = self.embed_tasks(obs, batch_size=batch_size, like=like)
+        return self.assemble(features, batch_size=batch_size, like=like, without=without)
+
+    def embed_images(self, obs: Observation, keys: Sequence[str]) -> dict[str, Features]:
+        """Cameras and goal image through the one tower, in one pass."""
+        pixels = [self.pixels(obs, key) for key in keys]  # (B*T_obs, 3, S, S) each; of a goal image (B, 3, S, S)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._tunings["image_tower"] != "frozen"):
-            pooled, patches = self._embed_image(self.image_tower, pixels, patches=self.config.image == "patch_tokens")
-        split = lambda x: x.unflatten(0, (len(keys), -1, self.obs_horizon)).movedim(0, 2)  # (B, T_obs, V, ...)
-        return split(pooled).flatten(2), None if patches is None else split(patches)
+            pooled, patches = self._embed_image(
+                self.image_tower, torch.cat(pixels), patches=self.config.image == "patch_tokens"
+            )
+        sizes = [len(p) for p in pixels]
+        tokens = pooled.unsqueeze(1) if patches is None else patches  # (N, P or 1, W)
+        found = {}
+        for key, vector, token in zip(keys, pooled.split(sizes), tokens.split(sizes), strict=True):
+            frames = self.num_frames(key)
+            found[key] = Features(vector.unflatten(0, (-1, frames)), token.unflatten(0, (-1, frames)))
+        return found
+
+    def num_frames(self, key: str) -> int:
+        """T_obs of a camera, 1 of the goal image."""
+        return 1 if key == GOAL_IMAGE else self.obs_horizon
 
     def pixels(self, obs: Observation, key: str) -> Tensor:
         """What the tower sees of one camera, (B*T_obs, 3, S, S) floats; a random crop in training, else the centre.
@@ -234,7 +260,7 @@ class ClipEncoder(nn.Module):
         Raises:
             ValueError: the camera is missing, of another size, or not uint8.
         """
-        frames = take_observation(obs, key, (self.obs_horizon, *self.spec.fields[key].shape))
+        frames = take_observation(obs, key, (self.num_frames(key), *self.spec.fields[key].shape))
         if frames.dtype != torch.uint8:
             raise ValueError(f"{key} must be uint8 in 0..255 (it is scaled here), got {frames.dtype}")
         if self.crop_sizes[key] != tuple(frames.shape[2:4]):
@@ -247,26 +273,44 @@ class ClipEncoder(nn.Module):
         mean, std = (x.new_tensor(preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
         return ((x / 255 - mean) / std).to(next(self.image_tower.parameters()).dtype)
 
-    def embed_tasks(self, obs: Observation, *, batch_size: int, like: Tensor) -> Tensor:
-        """The instructions as vectors (B, E); each distinct one is embedded once.
+    def embed_tasks(self, obs: Observation, *, batch_size: int, like: Tensor) -> Features | None:
+        """The instructions, None where nothing is said; each distinct one is embedded once.
 
         Where the text tower learns, that is once in a batch, with gradients; else once for as long as its weights last.
 
         Raises:
-            ValueError: an instruction is missing, empty, no text, or too long.
+            ValueError: an instruction is no text, too long, or missing although the policy never learned to do without.
         """
-        tasks = check_tasks(obs.get(TASK), batch_size)
-        distinct = {task: i for i, task in enumerate(dict.fromkeys(tasks))}
+        tasks = check_tasks(obs.get(TASK), batch_size, may_be_empty=TASK in self.droppable)
+        said = [task for task in tasks if task]
+        if not said:
+            return None
+        distinct = {task: i for i, task in enumerate(dict.fromkeys(said))}
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.text_tower.parameters())
         if learns or (self.training and self._tunings["text_tower"] != "frozen"):
             ids = torch.stack([self.tokenizer(self.config.prompt.replace("{}", task)) for task in distinct])
-            words = self.text_tower(ids.to(like.device))  # (number of distinct tasks, E)
+            embedded = self.read(ids.to(like.device))
         else:
-            words = torch.cat([self.remembered(task, like.device) for task in distinct])
-        return words[torch.tensor([distinct[task] for task in tasks], device=words.device)]
+            each = [self.remembered(task, like.device) for task in distinct]
+            embedded = [torch.cat(of_all) for of_all in zip(*each, strict=True)]
+        row = torch.tensor([distinct.get(task, 0) for task in tasks], device=like.device)
+        vector, words, mask = (x[row] for x in embedded)
+        present = None
+        if len(said) < batch_size:
+            present = torch.tensor([bool(task) for task in tasks], device=like.device)
+        padding = mask if self.config.text == "tokens" else None
+        return Features(vector.unsqueeze(1), words.unsqueeze(1), token_mask=padding, present=present)
 
-    def remembered(self, task: str, device: torch.device) -> Tensor:
-        """The vector (1, E) of one instruction, embedded alone, so that it does not depend on its neighbours in a batch."""
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids (n, C) -> pooled (n, E), tokens (n, C, W) with their mask (n, C); pooled as the one token (n, 1, E) unless
+        text=tokens."""
+        if self.config.text == "tokens":
+            return self._embed_text(self.text_tower, ids)
+        pooled = self.text_tower(ids)
+        return pooled, pooled.unsqueeze(1), torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
+
+    def remembered(self, task: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """One instruction as `read` gives it, embedded alone, so that its neighbours in a batch do not count."""
         bits = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         weights = (bits, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.text_tower.parameters()))
         if weights != self._embedded_by:
@@ -274,21 +318,32 @@ class ClipEncoder(nn.Module):
         if task not in self._embedded:
             ids = self.tokenizer(self.config.prompt.replace("{}", task))
             with torch.inference_mode(False), torch.no_grad():  # a later training step may use it
-                self._embedded[task] = self.text_tower(ids[None].to(device)).clone()
+                self._embedded[task] = tuple(x.clone() for x in self.read(ids[None].to(device)))
         return self._embedded[task]
 
 
-def check_tasks(tasks: object, batch_size: int) -> list[str]:
-    """The instructions, one for each observation; ValueError where one is missing, empty or no text."""
-    fix = "record demonstrations with an instruction, or set encoder.text=none"
+def check_tasks(tasks: object, batch_size: int, *, may_be_empty: bool = False) -> list[str]:
+    """The instructions, one for each observation, "" for none.
+
+    Raises:
+        ValueError: one is no text, or there is none although there must be.
+    """
+    fix = (
+        "record demonstrations with an instruction, or set encoder.text=none; a policy trained with encoder.task_dropout "
+        "can do without"
+    )
     if tasks is None:
+        if may_be_empty:
+            return [""] * batch_size
         raise ValueError(f"observation must have {TASK!r}, the instruction that encoder.text=pooled reads; {fix}")
     if isinstance(tasks, str) or len(tasks) != batch_size:
         raise ValueError(f"{TASK} must be a list of B={batch_size} strings, got {tasks!r}")
     for i, task in enumerate(tasks):
-        if not isinstance(task, str) or not task.strip():
+        if may_be_empty and task is None:
+            continue
+        if not isinstance(task, str) or not (task.strip() or may_be_empty):
             raise ValueError(f"{TASK} must hold an instruction for every observation, number {i} has {task!r}; {fix}")
-    return [str(task) for task in tasks]
+    return [task if task and task.strip() else "" for task in tasks]
 
 
 def square_side(size: int | tuple[int, int], model: str) -> int:

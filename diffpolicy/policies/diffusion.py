@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
+from diffpolicy.encoders.parts import part_of
+from diffpolicy.guidance import GuidanceConfig, classifier_free
 from diffpolicy.normalizer import Normalizer
 from diffpolicy.processes import (
     Finding,
@@ -21,7 +24,7 @@ from diffpolicy.processes import (
     sample,
     sampler_findings,
 )
-from diffpolicy.spec import ACTION, IMAGES, TASK, Batch, Condition, DataSpec, Horizons, Observation
+from diffpolicy.spec import ACTION, TASK, Batch, Condition, DataSpec, Horizons, Observation
 
 
 class DiffusionPolicy(nn.Module):
@@ -42,11 +45,33 @@ class DiffusionPolicy(nn.Module):
         horizons: Horizons,
         spec: DataSpec,
         sampler: SamplerConfig,
+        guidance: GuidanceConfig = GuidanceConfig(),  # noqa: B008 (frozen)
     ):
         super().__init__()
         self.encoder, self.denoiser, self.process, self.normalizer = encoder, denoiser, process, normalizer
         self.horizons, self.spec = horizons, spec
         self.use_sampler(sampler)
+        self.use_guidance(guidance)
+
+    @property
+    def droppable(self) -> frozenset[str]:
+        """Parts of an observation that may be missing, as training hid them now and then; see encoders/parts.py."""
+        return getattr(self.encoder, "droppable", frozenset())
+
+    def use_guidance(self, config: GuidanceConfig) -> DiffusionPolicy:
+        """Chooses how much the words and the goal image count from here on; no retraining.
+
+        Raises:
+            ValueError: a weight other than 1 for a part that training never hid.
+        """
+        for part in config.parts:
+            if part not in self.droppable:
+                raise ValueError(
+                    f"guidance.{part}={getattr(config, part):g} needs a policy that was trained with encoder.{part}_dropout "
+                    f"above 0; this one can do without {sorted(self.droppable) or 'nothing'}"
+                )
+        self.guidance = config
+        return self
 
     def use_sampler(self, config: SamplerConfig) -> DiffusionPolicy:
         """Chooses sampler, steps, spacing and clipping from here on; no retraining.
@@ -82,26 +107,36 @@ class DiffusionPolicy(nn.Module):
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
-    def encode(self, obs: Observation) -> Condition:
-        """Observation in physical units -> Condition; the only place where the encoder runs.
+    def encode(self, obs: Observation, *, drop: Collection[str] = ()) -> Condition:
+        """Observation in physical units -> Condition; the only place where the encoder runs, once, also under guidance.
 
+        Args:
+            obs: may lack what is droppable: roles, or words (""). An image of the goal has one frame, (B, 1, H, W, 3).
+            drop: droppable parts that are not to be looked at although they are here.
         Raises:
-            ValueError: a key is missing, or has another shape than the policy was trained on.
+            ValueError: a key is missing that the policy needs, or has another shape than it was trained on.
         """
         ready: Observation = {}
-        for key, field in self.spec.fields.items():
-            if not key.startswith("observation."):
-                continue
+        for key in self.spec.input_keys:
             if key not in obs:
+                if part_of(key) in self.droppable:
+                    continue
                 raise ValueError(f"the policy needs {key!r}; the observation holds {sorted(obs)}")
-            value = obs[key]
-            if value.shape[1] != self.horizons.obs or tuple(value.shape[2:]) != field.shape:
-                wanted = ", ".join(map(str, (f"T_obs={self.horizons.obs}", *field.shape)))
+            value, field = obs[key], self.spec.fields[key]
+            num_frames = 1 if key in self.spec.goal_keys else self.horizons.obs
+            if value.shape[1] != num_frames or tuple(value.shape[2:]) != field.shape:
+                wanted = ", ".join(map(str, (f"T_obs={num_frames}", *field.shape)))
                 raise ValueError(f"{key} must be (B, {wanted}), got {tuple(value.shape)}")
-            ready[key] = value if key.startswith(IMAGES) else self.normalizer.normalize(key, value)
+            ready[key] = self.normalizer.normalize(key, value) if key in self.spec.state_keys else value
         if TASK in obs:
             ready[TASK] = obs[TASK]
-        return self.encoder(ready)
+        if not ready:
+            raise ValueError(f"the observation holds nothing that the policy looks at: {sorted(obs)}")
+        without = () if self.training else self.guidance.parts
+        choices = {name: parts for name, parts in (("drop", drop), ("without", without)) if parts}
+        if choices and not self.droppable:
+            raise ValueError(f"this policy can do without nothing, got {choices}")
+        return self.encoder(ready, **choices)
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The one sampling currency: x_0 (B, T_pred, D_act), normalised and unclipped, from x_t at t (B,)."""
@@ -156,7 +191,8 @@ class DiffusionPolicy(nn.Module):
         if x_start is not None and tuple(x_start.shape) != shape:
             raise ValueError(f"x_start must be (B * num_samples, T_pred, D_act) = {shape}, got {tuple(x_start.shape)}")
         x_T = draw_noise(shape, self.device, generators) if x_start is None else x_start
-        x_0 = sample(self.process, self.denoise, x_T, condition, self.sampler, generators, plan=self.plan, start=start)
+        denoise, condition = classifier_free(self.denoise, condition, self.guidance)
+        x_0 = sample(self.process, denoise, x_T, condition, self.sampler, generators, plan=self.plan, start=start)
         chunk = self.normalizer.unnormalize(ACTION, x_0)
         return chunk if num_samples == 1 else chunk.unflatten(0, (batch_size, num_samples))
 

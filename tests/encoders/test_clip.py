@@ -24,6 +24,7 @@ def make_spec(*, state=3, **cameras):
     return DataSpec(fields=fields)
 
 
+GOAL = DataSpec(fields={**make_spec(top=(48, 48)).fields, "goal.image": FieldSpec(shape=(48, 48, 3), dtype="uint8")})
 ONE, TWO, NO_CAMERA = make_spec(top=(48, 48)), make_spec(top=(48, 48), wrist=(40, 56)), make_spec()
 
 
@@ -38,6 +39,8 @@ def observation(spec=ONE, batch=3, obs_horizon=2, seed=1):
     for key in spec.image_keys:
         shape = (batch, obs_horizon, *spec.fields[key].shape)
         obs[key] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    for key in spec.goal_keys:
+        obs[key] = torch.randint(0, 256, (batch, 1, *spec.fields[key].shape), dtype=torch.uint8, generator=generator)
     for key in spec.state_keys:
         obs[key] = torch.randn(batch, obs_horizon, *spec.fields[key].shape, generator=generator)
     return obs
@@ -53,45 +56,47 @@ def count_calls(tower):
 
 
 @pytest.mark.parametrize(
-    ("spec", "choices", "global_dim", "num_tokens", "num_timeless", "token_dim"),
+    ("spec", "choices", "global_dim", "groups"),
     [
-        (ONE, {"text": "none"}, 2 * (3 + 64), 2, 0, 3 + 64),
-        (ONE, {}, 2 * (3 + 64) + 64, 2 + 1, 1, 16),
-        (TWO, {"text": "none"}, 2 * (3 + 2 * 64), 2, 0, 3 + 2 * 64),
-        (TWO, {"image": "patch_tokens"}, 2 * (3 + 2 * 64) + 64, 2 + 2 * 2 * 64 + 1, 2 * 2 * 64 + 1, 16),
-        (make_spec(state=0, top=(48, 48)), {"text": "none"}, 2 * 64, 2, 0, 64),
-        (NO_CAMERA, {}, 2 * 3 + 64, 2 + 1, 1, 16),
+        (ONE, {"text": "none"}, 2 * (3 + 64), [("state", 1, 0), ("state", 1, 1), ("image", 1, 0), ("image", 1, 1)]),
+        (NO_CAMERA, {}, 2 * 3 + 64, [("state", 1, 0), ("state", 1, 1), ("text", 1, None)]),
+        (make_spec(state=0, top=(48, 48)), {"text": "none"}, 2 * 64, [("image", 1, 0), ("image", 1, 1)]),
+        (
+            TWO,
+            {"image": "patch_tokens"},
+            2 * (3 + 2 * 64) + 64,
+            [("state", 1, 0), ("state", 1, 1), *[("image", 64, 0)] * 2, *[("image", 64, 1)] * 2, ("text", 1, None)],
+        ),
+        (
+            GOAL,
+            {},
+            2 * (3 + 64) + 64 + 64,
+            [("state", 1, 0), ("state", 1, 1), ("image", 1, 0), ("image", 1, 1), ("goal", 1, None), ("text", 1, None)],
+        ),
     ],
 )
-def test_sizes_follow_from_cameras_states_and_words(spec, choices, global_dim, num_tokens, num_timeless, token_dim):
+def test_sizes_follow_from_cameras_states_goal_and_words(spec, choices, global_dim, groups):
     encoder = build(spec, **choices)
-    cond = encoder.cond
-    assert (
-        cond.global_dim,
-        cond.num_tokens,
-        cond.token_dim,
-        sum(frame is None or kind == "image" for kind, frame in zip(cond.kinds, cond.frames, strict=True)),
-    ) == (
-        global_dim,
-        num_tokens,
-        token_dim,
-        num_timeless,
-    )
+    assert encoder.cond.global_dim == global_dim and encoder.cond.token_dim == 16
+    assert [(g.kind, g.count, g.frame) for g in encoder.cond.groups] == groups
     condition = encoder(observation(spec))
-    assert condition.global_cond.shape == (3, global_dim) and condition.tokens.shape == (3, num_tokens, token_dim)
+    num_tokens = sum(count for _, count, _ in groups)
+    assert condition.global_cond.shape == (3, global_dim) and condition.tokens.shape == (3, num_tokens, 16)
+    assert condition.token_mask is None
 
 
-def test_global_vector_is_state_and_image_of_each_frame_and_then_the_words():
+def test_global_vector_is_state_and_images_of_each_frame_and_then_the_words():
     encoder, obs = build(TWO), observation(TWO)
-    pooled, _ = encoder.embed_images(obs)
-    words = encoder.embed_tasks(obs, batch_size=3, like=pooled)
+    pictures = encoder.embed_images(obs, [TOP, WRIST])
+    words = encoder.embed_tasks(obs, batch_size=3, like=torch.zeros(1)).vector[:, 0]
     frames = encoder(obs).global_cond[:, :-EMBED_DIM].unflatten(1, (2, -1))  # (B, T_obs, 3 + 2 * 64)
     torch.testing.assert_close(frames[..., :3], obs[STATE])
-    torch.testing.assert_close(frames[..., 3:], pooled)
+    torch.testing.assert_close(frames[..., 3:], torch.cat([pictures[TOP].vector, pictures[WRIST].vector], dim=-1))
     torch.testing.assert_close(encoder(obs).global_cond[:, -EMBED_DIM:], words)
     only_wrist = build(make_spec(wrist=(40, 56)))
     only_wrist.image_tower.load_state_dict(encoder.image_tower.state_dict())
-    torch.testing.assert_close(only_wrist.embed_images(obs)[0], pooled[..., EMBED_DIM:])  # one tower for all cameras
+    seen = only_wrist.embed_images(obs, [WRIST])[WRIST].vector
+    torch.testing.assert_close(seen, pictures[WRIST].vector)  # one tower for all cameras
 
 
 def test_all_cameras_and_frames_pass_the_tower_at_once():
@@ -107,18 +112,16 @@ def test_patch_tokens_stand_frame_by_frame_and_camera_by_camera():
     obs[WRIST][0, 1] = 255 - obs[WRIST][0, 1]  # camera 1, frame 1, sample 0
     changed = (encoder(obs).tokens != before.tokens).any(dim=-1)
     want = torch.zeros(3, 2 + 4 * NUM_PATCHES + 1, dtype=torch.bool)
-    want[0, 1] = True
     want[0, 2 + 3 * NUM_PATCHES : 2 + 4 * NUM_PATCHES] = True
     assert torch.equal(changed, want)
 
 
-def test_patches_know_their_camera_and_their_frame():
+def test_patches_know_their_camera():
     encoder = build(make_spec(top=(48, 48), wrist=(48, 48)), image="patch_tokens")
     obs = observation(encoder.spec)
-    obs[TOP][:, 1] = obs[TOP][:, 0]
     obs[WRIST] = obs[TOP]
-    patches = encoder(obs).tokens[:, 2:-1].unflatten(1, (4, NUM_PATCHES))
-    assert all(not torch.allclose(patches[:, i], patches[:, j]) for i in range(4) for j in range(i))
+    top, wrist = encoder(obs).tokens[:, 2 : 2 + 2 * NUM_PATCHES].split(NUM_PATCHES, dim=1)
+    assert not torch.allclose(top, wrist)
 
 
 # --- pictures ---
@@ -225,7 +228,7 @@ def test_words_remembered_in_inference_mode_serve_a_training_step():
     with torch.inference_mode():
         encoder(observation(NO_CAMERA))
     encoder(observation(NO_CAMERA)).tokens.sum().backward()
-    assert encoder.text_projection.weight.grad.any()
+    assert encoder.assemble.projections["text"].weight.grad.any()
 
 
 def test_remembered_words_do_not_depend_on_their_neighbours():
@@ -279,9 +282,9 @@ def test_frozen_tower_stays_in_eval_mode_without_gradients_and_its_weights_do_no
     towers = ("image_tower.", "text_tower.")
     assert all(p.requires_grad != name.startswith(towers) for name, p in encoder.named_parameters())
     assert not encoder.image_tower.training and not encoder.text_tower.transformer.resblocks[0].training
-    assert encoder.training and encoder.frame_projection.training
-    pooled, _ = encoder.embed_images(observation())
-    assert not pooled.requires_grad and encoder.lr_scales() == {}
+    assert encoder.training and encoder.assemble.training
+    pictures = encoder.embed_images(observation(), [TOP])
+    assert not pictures[TOP].vector.requires_grad and encoder.lr_scales() == {}
 
 
 def test_last_blocks_learn_and_what_lies_before_them_does_not():
@@ -331,7 +334,7 @@ def test_towers_that_begin_with_weights_learn_at_a_tenth_of_the_rate(choices, sc
     ("choices", "message"),
     [
         ({"image": "patches"}, r"encoder\.image must be one of .* Did you mean 'patch_tokens'"),
-        ({"text": "tokens"}, r"encoder\.text must be one of \['none', 'pooled'\], got 'tokens'"),
+        ({"text": "words"}, r"encoder\.text must be one of \['none', 'pooled', 'tokens'\], got 'words'"),
         ({"tuning": "freeze"}, "Did you mean 'frozen'"),
         ({"text_tuning": "ful"}, r"encoder\.text_tuning must be one of .* Did you mean 'full'"),
         ({"prompt": "push it"}, r"encoder\.prompt must hold \{\} once"),

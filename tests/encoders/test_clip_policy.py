@@ -110,8 +110,10 @@ def test_training_from_pictures_and_words_lowers_the_loss(store, denoiser, image
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    towers = (policy.encoder.image_tower, policy.encoder.text_tower)
-    assert all(p.grad is not None and p.grad.any() for tower in towers for p in tower.parameters())
+    unread = {"proj", "ln_post.weight"} if denoiser == "transformer" and image == "patch_tokens" else set()
+    for tower in (policy.encoder.image_tower, policy.encoder.text_tower):
+        still = {name for name, p in tower.named_parameters() if p.grad is None or not p.grad.any()}
+        assert still <= unread  # who looks at patches does not look at the pooled vector
 
 
 @pytest.mark.parametrize("denoiser", DENOISERS)

@@ -74,26 +74,26 @@ def test_pooled_image_is_what_open_clip_makes_of_its_own_preprocessing(source, w
     obs, encoder = observation(), encoder_of(pretrained=str(weights_file), text="none")
     preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(size=64), is_train=False)
     pixels = torch.stack([preprocess(Image.fromarray(frame[0].numpy())) for frame in obs[TOP]])
-    pooled, patches = encoder.embed_images(obs)
-    torch.testing.assert_close(pooled[:, 0], source.encode_image(pixels), atol=1e-5, rtol=0)
-    assert patches is None
+    seen = encoder.embed_images(obs, [TOP])[TOP]
+    torch.testing.assert_close(seen.vector[:, 0], source.encode_image(pixels), atol=1e-5, rtol=0)
+    assert torch.equal(seen.tokens, seen.vector.unsqueeze(2))
 
 
 def test_words_are_what_open_clip_makes_of_them(source, weights_file):
     encoder = encoder_of(pretrained=str(weights_file))
     want = source.encode_text(open_clip.get_tokenizer(TINY)([INSTRUCTION, "stop"]))
     got = encoder.embed_tasks(observation(), batch_size=2, like=torch.zeros(1))
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got.vector[:, 0], want, atol=1e-5, rtol=0)
 
 
 def test_patches_are_the_last_layer_behind_its_norm(source, weights_file):
     encoder = encoder_of(pretrained=str(weights_file), image="patch_tokens")
-    _, patches = encoder.embed_images(observation())
+    patches = encoder.embed_images(observation(), [TOP])[TOP].tokens
     want = source.visual.forward_intermediates(
         encoder.pixels(observation(), TOP), indices=1, normalize_intermediates=True, output_fmt="NLC"
     )["image_intermediates"][0]
-    assert patches.shape == (2, 1, 1, 64, 64)
-    torch.testing.assert_close(patches[:, 0, 0], want, atol=1e-5, rtol=0)
+    assert patches.shape == (2, 1, 64, 64)
+    torch.testing.assert_close(patches[:, 0], want, atol=1e-5, rtol=0)
 
 
 def test_every_way_to_bring_weights_gives_the_same_bits(source, weights_file, tmp_path):
@@ -156,7 +156,7 @@ def test_tower_that_nobody_needs_is_not_kept():
     assert towers.text is None and towers.image is not None
     assert build_towers(TINY, None, need_image=False, need_text=True).image is None
     names = {name.partition(".")[0] for name, _ in encoder_of(text="none").named_parameters()}
-    assert names == {"image_tower"}
+    assert names == {"image_tower", "assemble"}
 
 
 def test_tower_of_another_kind_sees_pictures_but_has_no_patches():
