@@ -43,7 +43,7 @@ HEIGHT = {module: height for height, layer in enumerate(LAYERS) for module in la
 
 ROOMS = {
     "zarr": {"replay", "importers", "validation"},
-    "open_clip": {"encoders/clip_towers"},
+    "open_clip": {"encoders/clip_towers", "encoders/clip_weights"},
     "peft": {"encoders/lora"},
     "diffusers": {"processes"},
     "lightning": {"training", "train"},

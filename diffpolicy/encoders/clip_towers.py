@@ -1,6 +1,6 @@
-"""Image and text towers out of open_clip: which ones there are, how they are built, filled and frozen, how text becomes numbers.
+"""Image and text towers out of open_clip: how they are built, filled and frozen, what is read off them, how text becomes ids.
 
-The only file that knows open_clip; it is imported where it is used, because that takes seconds.
+Only this file and clip_weights.py know open_clip; they are imported where they are used, because that takes seconds.
 
 A tower is described by its architecture, plain data that a checkpoint keeps, so that a saved policy is rebuilt without the
 network, the folder or the file that its weights once came from:
@@ -11,23 +11,15 @@ network, the folder or the file that its weights once came from:
 from __future__ import annotations
 
 import copy
-import difflib
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.spec import unknown_name
+from diffpolicy.encoders.clip_weights import FOLDER, HUB, check_text, load_model, look_up
 
-PRESETS = Path(__file__).parent / "models"
-"""Model configs of our own, in open_clip's format; the name of the file is the name of the model."""
-HUB, FOLDER = "hf-hub:", "local-dir:"
-"""Prefixes of encoder.model by which open_clip knows a repository of the hub and a folder."""
-WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 NO_VISION = {"image_size": 1, "patch_size": 1, "width": 8, "head_width": 8, "layers": 1}
 NO_TEXT = {"context_length": 4, "vocab_size": 4, "width": 8, "heads": 1, "layers": 1}
 """What stands in for a tower that the policy has no use for while open_clip builds the pair; it is dropped at once."""
@@ -42,15 +34,6 @@ class Towers:
     text: nn.Module | None
     """token ids (N, context_length) -> (N, embed_dim)"""
     architecture: dict
-
-
-def known_models() -> list[str]:
-    """Names that open_clip can build, ours among them."""
-    import open_clip
-
-    if not {file.stem for file in PRESETS.glob("*.json")} <= set(open_clip.list_models()):
-        open_clip.add_model_config(PRESETS)
-    return open_clip.list_models()
 
 
 def build_towers(
@@ -90,109 +73,6 @@ def build_towers(
     return Towers(clip.visual if need_image else None, text, architecture)
 
 
-def look_up(model: str, pretrained: str | None, *, image_size: int | None) -> dict:
-    """The architecture of a model by its name or reference; only `hf-hub:` touches the network."""
-    import open_clip
-
-    preprocess: dict = {}
-    if model.startswith((HUB, FOLDER)):
-        if pretrained is not None:
-            raise ValueError(
-                f"encoder.pretrained must be null for encoder.model={model!r}, which brings its weights, got {pretrained!r}"
-            )
-        described = reference_config(model)
-        config, preprocess = described["model_cfg"], described.get("preprocess_cfg", {})
-    else:
-        names = known_models()
-        if model not in names:
-            near = difflib.get_close_matches(model, names, n=3, cutoff=0.4)
-            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ValueError(
-                f"encoder.model must be one of the {len(names)} names of open_clip.list_models(), {HUB}ORG/REPOSITORY "
-                f"or {FOLDER}FOLDER, got {model!r}.{hint}"
-            )
-        config = open_clip.get_model_config(model)
-        if pretrained is not None:
-            preprocess = check_pretrained(model, config, pretrained)
-    config = copy.deepcopy(config)
-    if "multimodal_cfg" in config or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
-        raise ValueError(f"encoder.model={model!r} is no pair of an image and a text tower; choose a contrastive model")
-    # Dropping patches would change the number of tokens between training and rollout.
-    config["vision_cfg"] |= {"patch_dropout": 0.0}
-    if image_size is not None:
-        if "timm_model_name" in config["vision_cfg"]:
-            raise ValueError(f"encoder.image_size must be null for {model!r}, whose image tower has a size of its own")
-        config["vision_cfg"]["image_size"] = image_size
-    defaults = open_clip.transform.PreprocessCfg()
-    kept = {key: preprocess.get(key, getattr(defaults, key)) for key in ("mean", "std", "interpolation")}
-    kept = kept | {"mean": list(kept["mean"]), "std": list(kept["std"])}
-    if kept["interpolation"] not in ("bilinear", "bicubic"):  # `random`, in open_clip's own training
-        kept["interpolation"] = "bicubic"
-    return {"model": config, "preprocess": kept}
-
-
-def reference_config(model: str) -> dict:
-    """open_clip_config.json of a folder or of a repository of the hub."""
-    from open_clip.factory import download_pretrained_from_hf
-
-    if model.startswith(FOLDER):
-        file = Path(model.removeprefix(FOLDER)) / "open_clip_config.json"
-        if not file.is_file():
-            raise ValueError(
-                f"encoder.model={model!r} must name a folder with open_clip_config.json; {file} is missing"
-            )
-    else:
-        try:
-            file = Path(download_pretrained_from_hf(model.removeprefix(HUB), filename="open_clip_config.json"))
-        except (
-            Exception
-        ) as error:  # no network, no such repository, no right to it: the client's errors have no common base
-            raise unreachable(f"encoder.model={model!r}", error) from error
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not readable as JSON: {error}") from error
-    if not isinstance(described, dict) or not isinstance(described.get("model_cfg"), dict):
-        raise ValueError(f"{file} must hold a section model_cfg, as open_clip writes it")
-    return described
-
-
-def check_pretrained(model: str, config: dict, pretrained: str) -> dict:
-    """What open_clip says of a tag (empty for a file), after checking that the tag or the file is there and fits."""
-    import open_clip
-
-    tag = open_clip.get_pretrained_cfg(model, pretrained)
-    if not tag:
-        if Path(pretrained).suffix in WEIGHT_SUFFIXES:
-            if not Path(pretrained).is_file():
-                raise ValueError(f"encoder.pretrained must be a tag or an existing file, got {pretrained!r}")
-            return {}
-        raise unknown_name(
-            f"encoder.pretrained must be a file ({', '.join(WEIGHT_SUFFIXES)}) or a tag; the tag for {model!r}",
-            pretrained,
-            open_clip.list_pretrained_tags_by_model(model),
-        )
-    trained, built = tag.get("quick_gelu", False), config.get("quick_gelu", False)
-    if trained != built:
-        twin = f"{model}-quickgelu" if trained else model.removesuffix("-quickgelu")
-        fix = f"encoder.model={twin}" if twin in known_models() else "another tag"
-        raise ValueError(
-            f"encoder.pretrained={pretrained!r} was trained with quick_gelu={trained}, encoder.model={model!r} has "
-            f"quick_gelu={built}: every activation would be off; set {fix}"
-        )
-    return tag
-
-
-def check_text(model: str, config: dict, *, need_text: bool) -> None:
-    """Raises ValueError where text is wanted of a model whose tokenizer or text tower lives on the hub."""
-    text = config["text_cfg"]
-    if need_text and (text.get("hf_tokenizer_name") or text.get("hf_model_name") or "siglip" in model.lower()):
-        raise ValueError(
-            f"encoder.text=pooled needs a model with open_clip's own tokenizer, that of {model!r} must be fetched from the "
-            "hub, so that a saved policy could not be loaded without it; choose another model or encoder.text=none"
-        )
-
-
 def build_random(config: dict, *, need_image: bool, need_text: bool) -> nn.Module:
     """Both towers with random weights; the one that is not needed is a stand-in of no size."""
     import open_clip
@@ -207,42 +87,6 @@ def build_random(config: dict, *, need_image: bool, need_text: bool) -> nn.Modul
     if not need_text:
         config["text_cfg"] = NO_TEXT
     return open_clip.CustomTextCLIP(**config)
-
-
-def load_model(model: str, pretrained: str | None, *, image_size: int | None) -> nn.Module:
-    """Both towers with their weights, fetched where they are not here yet; nothing in a file is executed."""
-    import open_clip
-
-    try:
-        return open_clip.create_model(
-            model,
-            pretrained=pretrained,
-            require_pretrained=True,
-            force_custom_text=True,
-            force_patch_dropout=0.0,
-            force_image_size=image_size,
-            pretrained_text=False,
-            weights_only=True,
-        )
-    except (
-        Exception
-    ) as error:  # open_clip wraps all it meets in RuntimeError; pickle's and safetensors' own come through
-        what = f"encoder.model={model!r}" if pretrained is None else f"encoder.pretrained={pretrained!r}"
-        if model.startswith(FOLDER) or (pretrained is not None and Path(pretrained).is_file()):
-            raise ValueError(f"{what} does not hold weights that fit {model!r}: {first_line(error)}") from error
-        raise unreachable(what, error) from error
-
-
-def unreachable(what: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"{what} could not be fetched: {first_line(error)}; without a network, set encoder.pretrained to a file of weights or "
-        f"encoder.model={FOLDER}FOLDER"
-    )
-
-
-def first_line(error: Exception, limit: int = 200) -> str:
-    line = " ".join(str(error).split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def freeze(tower: nn.Module, tuning: str, num_tuned_blocks: int) -> tuple[str, ...]:
@@ -275,6 +119,29 @@ def freeze(tower: nn.Module, tuning: str, num_tuned_blocks: int) -> tuple[str, .
         if part is not None:
             part.requires_grad_(True)
     return tuple(f"transformer.resblocks.{i}" for i in range(first))
+
+
+def checkpoint_gradients(tower: nn.Module) -> None:
+    """Each block of the tower is run again in the backward pass instead of keeping what it computed: less memory, more time.
+
+    Chen et al. 2016, arXiv:1604.06174.
+
+    Raises:
+        ValueError: the tower cannot do this.
+    """
+    trunk = getattr(tower, "trunk", None)
+    try:
+        if trunk is not None:
+            trunk.set_grad_checkpointing(True)
+        elif hasattr(getattr(tower, "transformer", None), "grad_checkpointing"):
+            tower.set_grad_checkpointing(True)
+        else:
+            raise NotImplementedError
+    except (NotImplementedError, AttributeError, AssertionError) as error:  # what models of timm raise
+        raise ValueError(
+            f"encoder.gradient_checkpointing needs a Transformer of open_clip or timm, got {type(trunk or tower).__name__}; "
+            "set it to false, or lower train.batch_size"
+        ) from error
 
 
 def patch_grid(tower: nn.Module, model: str) -> tuple[int, int]:

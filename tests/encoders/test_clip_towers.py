@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from diffpolicy.encoders import clip_towers
 from diffpolicy.encoders.clip import ClipConfig, ClipEncoder
-from diffpolicy.encoders.clip_towers import PRESETS, build_towers, known_models
+from diffpolicy.encoders.clip_towers import build_towers
+from diffpolicy.encoders.clip_weights import PRESETS, known_models, look_up
 from diffpolicy.spec import DataSpec, FieldSpec
 
 TINY = "diffpolicy-tiny"
@@ -128,9 +129,9 @@ def test_preprocessing_of_a_folder_is_kept(source, tmp_path):
 
 
 def test_constants_of_a_tag_are_known_without_its_weights():
-    tag = clip_towers.look_up("ViT-B-16-SigLIP", "webli", image_size=None)
+    tag = look_up("ViT-B-16-SigLIP", "webli", image_size=None)
     assert tag["preprocess"]["mean"] == [0.5, 0.5, 0.5]
-    clip = clip_towers.look_up("ViT-B-32", "laion2b_s34b_b79k", image_size=None)
+    clip = look_up("ViT-B-32", "laion2b_s34b_b79k", image_size=None)
     assert clip["preprocess"]["mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
 
 

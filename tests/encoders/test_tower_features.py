@@ -6,7 +6,8 @@ import open_clip
 import pytest
 import torch
 
-from diffpolicy.encoders.clip_towers import Tokenizer, build_towers, embed_image, embed_text, known_models, num_layers
+from diffpolicy.encoders.clip_towers import Tokenizer, build_towers, embed_image, embed_text, num_layers
+from diffpolicy.encoders.clip_weights import known_models
 
 TINY = "diffpolicy-tiny"
 TIMM = {
