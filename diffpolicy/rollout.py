@@ -7,7 +7,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +15,16 @@ import numpy as np
 import torch
 
 from diffpolicy import plots
+from diffpolicy.encoders.parts import part_of
 from diffpolicy.envs import make_env
 from diffpolicy.envs.players import LocalPlayers, Played, ProcessPlayers
 from diffpolicy.executors import RecedingHorizon
 from diffpolicy.metrics import bootstrap_interval, percentiles, wilson_interval
-from diffpolicy.spec import ACTION, DataSpec
+from diffpolicy.spec import ACTION, TASK, DataSpec
+
+
+Change = Callable[[dict, Sequence[int]], dict]
+"""Observations role -> (B, T_obs, ...) (`task` -> B strings) and the B episodes' seeds -> observations for the policy."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,32 @@ class Episode:
     success: bool
     steps: int
     task: str
-    """The instruction in words, as the environment gave it."""
+    """The instruction in words, as the policy got it."""
     chunk_latency_ms: float
     """Mean wall time of the policy calls that this episode took part in, milliseconds (the call serves a whole batch)."""
+    goal: str = ""
+    """Name of the goal that the words ask for; only where the environment judges several goals, as the next two."""
+    goal_scores: dict[str, float] = field(default_factory=dict)
+    """Goal of the scene -> its largest reward, in [0, 1]; without goals that were fulfilled from the start."""
+    goals_reached: tuple[str, ...] = ()
+    """Goals that were fulfilled at some step, in this order; without those that were so from the start."""
+
+    @property
+    def other_goals_reached(self) -> tuple[str, ...]:
+        """Goals that were fulfilled though the words did not name them."""
+        return tuple(name for name in self.goals_reached if name != self.goal)
+
+    @property
+    def best_other_score(self) -> float | None:
+        """Largest reward at any goal that the words did not name; None where the scene has no other."""
+        return max((score for name, score in self.goal_scores.items() if name != self.goal), default=None)
+
+    def to_dict(self) -> dict:
+        """Plain data; of goals only where there are some."""
+        plain = dataclasses.asdict(self)
+        if not self.goal:
+            del plain["goal"], plain["goal_scores"], plain["goals_reached"]
+        return plain
 
 
 @dataclass
@@ -58,6 +86,7 @@ class RolloutResult:
         successes = sum(e.success for e in self.episodes)
         scores = np.array([e.score for e in self.episodes])
         num_steps = sum(e.steps for e in self.episodes)
+        goals = {"goals": goal_summary(self.episodes)} if all(e.goal for e in self.episodes) else {}
         return {
             "episodes": len(self.episodes),
             "episodes_planned": self.planned,
@@ -65,6 +94,7 @@ class RolloutResult:
             "success_interval_95": list(wilson_interval(successes, len(self.episodes))),
             "mean_score": float(scores.mean()),
             "mean_score_interval_95": list(bootstrap_interval(scores)),
+            **goals,
             "mean_steps": num_steps / len(self.episodes),
             "call_latency_ms": percentiles(np.array(self.call_ms)) if self.call_ms else None,
             "call_batch_size": self.batch_size,
@@ -74,7 +104,31 @@ class RolloutResult:
 
     def to_dict(self) -> dict:
         """Plain data for results.json."""
-        return {"summary": self.summary(), "episodes": [dataclasses.asdict(e) for e in self.episodes]}
+        return {"summary": self.summary(), "episodes": [e.to_dict() for e in self.episodes]}
+
+
+def goal_summary(episodes: Sequence[Episode]) -> dict:
+    """Whether episodes with words did what the words said (that is their success) or something else.
+
+    Returns:
+        ignores: how many of them fulfilled a goal that was not named: {count, trials, rate, interval_95}, Wilson's.
+        followed_share: of those that fulfilled any goal, how many fulfilled the one that was named and no other; likewise,
+            rate and interval None where none fulfilled any.
+        other_score: mean over episodes of the best score at a goal that was not named; None where no scene has one.
+    """
+    some = [e for e in episodes if e.goals_reached]
+    others = [score for e in episodes if (score := e.best_other_score) is not None]
+    return {
+        "ignores": counted(sum(bool(e.other_goals_reached) for e in episodes), len(episodes)),
+        "followed_share": counted(sum(e.goals_reached == (e.goal,) for e in some), len(some)),
+        "other_score": float(np.mean(others)) if others else None,
+    }
+
+
+def counted(count: int, trials: int) -> dict:
+    """A rate as plain data, with its Wilson interval; of no trials nothing is known."""
+    interval = list(wilson_interval(count, trials)) if trials else None
+    return {"count": count, "trials": trials, "rate": count / trials if trials else None, "interval_95": interval}
 
 
 def episode_generator(sampling_seed: int, episode_seed: int) -> torch.Generator:
@@ -83,9 +137,11 @@ def episode_generator(sampling_seed: int, episode_seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
-def check_fit(spec: DataSpec, env_name: str, env_choices: dict) -> None:
+def check_fit(spec: DataSpec, env_name: str, env_choices: dict, droppable: Collection[str] = ()) -> None:
     """Compares what the policy was trained on with what the environment gives.
 
+    Args:
+        droppable: parts that the policy can do without (policy.droppable); that they are missing is only said aloud.
     Raises:
         ValueError: a missing observation or another shape, naming both.
     """
@@ -95,6 +151,9 @@ def check_fit(spec: DataSpec, env_name: str, env_choices: dict) -> None:
         for key, wanted in spec.fields.items():
             if key == ACTION:
                 got = tuple(env.action_space.shape)
+            elif key not in obs and part_of(key) in droppable:
+                warnings.warn(f"environment {env_name!r} gives no {key}; the policy plays without it", stacklevel=2)
+                continue
             elif key not in obs:
                 raise ValueError(f"the checkpoint needs {key}; environment {env_name!r} gives {sorted(obs)}")
             else:
@@ -122,6 +181,7 @@ def rollout(
     num_films: int = 0,
     num_pictures: int = 0,
     on_episode: Callable[[Episode], None] | None = None,
+    change: Change | None = None,
 ) -> RolloutResult:
     """Plays one episode per seed, many side by side with one batched policy call.
 
@@ -133,6 +193,7 @@ def rollout(
         num_films: the first so many seeds are filmed frame by frame.
         num_pictures: of the first so many seeds the last frame is kept.
         on_episode: called at the end of each episode, for progress.
+        change: what the policy gets in place of what the environment gives; the scene stays as it is.
     Raises:
         ValueError: no seeds, or an environment that does not fit the policy.
     """
@@ -144,7 +205,7 @@ def rollout(
         raise ValueError("a rollout needs at least one seed (--episodes must be at least 1)")
     if len(set(seeds)) != len(seeds):
         raise ValueError("seeds repeat; every episode needs a seed of its own")
-    check_fit(policy.spec, env_name, env_choices)
+    check_fit(policy.spec, env_name, env_choices, policy.droppable)
     num_envs = min(num_envs, len(seeds))
     if num_workers is None:
         num_workers = min(os.cpu_count() or 1, num_envs) if policy.spec.image_keys and num_envs > 1 else 0
@@ -177,6 +238,9 @@ def rollout(
             slots = sorted(current)
             obs = {key: [looks[s].obs[key] for s in slots] for key in looks[slots[0]].obs}
             obs = {key: np.stack(v) if isinstance(v[0], np.ndarray) else v for key, v in obs.items()}
+            if change:
+                obs = change(obs, [current[s][1] for s in slots])
+            words = dict(zip(slots, obs[TASK], strict=True))
             called = time.perf_counter()
             actions = executor.plan(obs, [current[s][2] for s in slots])
             elapsed_ms = (time.perf_counter() - called) * 1e3
@@ -189,7 +253,15 @@ def rollout(
                 if played.done:
                     index, seed, _, latencies = current.pop(slot)
                     episode = Episode(
-                        seed, played.score, played.success, played.steps, played.obs["task"], float(np.mean(latencies))
+                        seed,
+                        played.score,
+                        played.success,
+                        played.steps,
+                        words[slot],
+                        float(np.mean(latencies)),
+                        played.goal,
+                        dict(played.goal_scores),
+                        played.goals_reached,
                     )
                     result.episodes.append(episode)
                     if index < num_films:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from diffpolicy.envs import make_env
-from diffpolicy.spec import TASK
+from diffpolicy.envs.base import LanguageEnv
+from diffpolicy.spec import GOAL_IMAGE, TASK
 
 
 @dataclass
@@ -22,11 +23,17 @@ class Played:
     """What is known after some actions of one episode."""
 
     obs: dict[str, np.ndarray | str]
-    """role -> (T_obs, ...), the newest frame last; `task` -> the instruction."""
+    """role -> (T_obs, ...), the newest frame last; `goal.image` -> (1, H, W, 3); `task` -> the instruction."""
     steps: int = 0
     score: float = 0.0
     """Largest reward so far, in [0, 1]."""
     success: bool = False
+    goal: str = ""
+    """Name of the goal that the words of a LanguageEnv ask for; empty elsewhere, as the next two."""
+    goal_scores: dict[str, float] = field(default_factory=dict)
+    """Goal that could be asked in this scene -> its largest reward so far; without those fulfilled from the start."""
+    goals_reached: tuple[str, ...] = ()
+    """Goals that were fulfilled at some step, in this order; without those that were so from the start."""
     done: bool = False
     frames: list[np.ndarray] = field(default_factory=list)
     """Once done: pictures of the episode where they were asked for, else only the last if `picture` was."""
@@ -38,13 +45,17 @@ class EpisodePlayer:
     def __init__(self, name: str, choices: dict, obs_horizon: int):
         self.env = make_env(name, **choices)
         self._history: deque[dict[str, np.ndarray]] = deque(maxlen=obs_horizon)
+        self._judges_goals = isinstance(self.env, LanguageEnv)
 
     def start(self, seed: int, film: bool, picture: bool) -> Played:
-        obs, _ = self.env.reset(seed=seed)
+        obs, info = self.env.reset(seed=seed)
         # before the first step the first frame is repeated, as in training windows
         self._history.extend([obs] * self._history.maxlen)
         self._film, self._picture = film, picture
         self._played = Played(obs=self._look())
+        if self._judges_goals:
+            self._played.goal = self.env.goal
+            self._at_start = self._kept = info.get("goals_reached")
         if film:
             self._played.frames.append(self.env.render())
         return self._answer()
@@ -58,6 +69,8 @@ class EpisodePlayer:
             played.steps += 1
             played.score = max(played.score, float(reward))
             played.success = played.success or bool(info["is_success"])
+            if self._judges_goals:
+                self._judge(info)
             if self._film:
                 played.frames.append(self.env.render())
             if terminated or truncated:
@@ -68,12 +81,33 @@ class EpisodePlayer:
         played.obs = self._look()
         return self._answer()
 
+    def _judge(self, info: dict) -> None:
+        """Notes how far each goal of the scene is, and which were fulfilled by what was done.
+
+        A goal fulfilled from the start (a block that lies left of another anyway) says nothing of the policy: its reward
+        is left out, and it counts as reached only when it was undone and is fulfilled again. The asked one always counts,
+        unless this scene does not even allow it: then it has no score.
+        """
+        played, reached = self._played, info["goals_reached"]
+        if self._at_start is None:  # reset said nothing of goals: the first step tells
+            self._at_start = self._kept = reached
+        self._kept = [name for name in self._kept if name in reached and name != played.goal]
+        possible = self.env.scene_goals or info["goal_rewards"]
+        for name, reward in info["goal_rewards"].items():
+            if name in possible and (name == played.goal or name not in self._at_start):
+                played.goal_scores[name] = max(played.goal_scores.get(name, 0.0), float(reward))
+        new = [name for name in reached if name not in self._kept and name not in played.goals_reached]
+        played.goals_reached = (*played.goals_reached, *new)
+
     def _answer(self) -> Played:
         """What is known now, apart from what comes later; pictures travel once, when the episode is over."""
         return dataclasses.replace(self._played, frames=self._played.frames if self._played.done else [])
 
     def _look(self) -> dict[str, np.ndarray | str]:
-        looked: dict = {key: np.stack([frame[key] for frame in self._history]) for key in self._history[-1]}
+        newest = self._history[-1]
+        looked: dict = {k: np.stack([frame[k] for frame in self._history]) for k in newest if k != GOAL_IMAGE}
+        if GOAL_IMAGE in newest:  # what is wanted has one frame, not T_obs
+            looked[GOAL_IMAGE] = newest[GOAL_IMAGE][None]
         looked[TASK] = self.env.task
         return looked
 
