@@ -91,7 +91,7 @@ def run_rollout(job: dict) -> dict:
     """Plays a network on the job's start states and writes every episode to job["file"], at the end and at once."""
     config, run = config_from_dict(job["config"]), Path(job["run"])
     device = resolve_device(job["device"])
-    policy = load_policy(run, device).use_sampler(config.sampler)
+    policy = load_policy(run, device).use_sampler(config.sampler).use_guidance(config.guidance)
     policy.horizons = dataclasses.replace(policy.horizons, act=config.horizons.act)
     env = with_camera(config.env, bool(policy.spec.image_keys))
     calls = _count_calls(policy)
@@ -122,6 +122,7 @@ def run_rollout(job: dict) -> dict:
         "labels": [finding.label for finding in policy.findings()],
         "sampling_seed": job["sampling_seed"],
         "sampler": dataclasses.asdict(policy.sampler),
+        "guidance": dataclasses.asdict(policy.guidance),
         "horizons": dataclasses.asdict(policy.horizons),
         "env": env.to_dict(),
         "train": {

@@ -57,7 +57,7 @@ class Run:
     training: Config | None = None
     """How the network is trained; None in a plan that was read back to be reported, not run."""
     config: Config | None = None
-    """How it is used: sampler, horizons.act, env."""
+    """How it is used: sampler, guidance, horizons.act, env."""
 
     @property
     def label(self) -> str:
@@ -229,6 +229,7 @@ def _resolve(sweep: SweepConfig, cell: Cell, bench: _Bench) -> list[Run]:
         trained = training_part(training, fingerprint)
         policy = bench.policy(training, spec, content_hash(trained))
         sampler = policy.use_sampler(config.sampler).sampler  # `auto` has a name now
+        policy.use_guidance(config.guidance)
     bench.check_env(config, spec)
     data = dataclasses.replace(config.data, path=str(Path(config.data.path).absolute()))
     config = dataclasses.replace(config, sampler=sampler, data=data)
@@ -239,6 +240,8 @@ def _resolve(sweep: SweepConfig, cell: Cell, bench: _Bench) -> list[Run]:
         "act": config.horizons.act,
         "episodes": [sweep.first_env_seed, sweep.episodes, sweep.sampling_seed, BATCH_SIZE],
     }
+    if config.guidance.parts:
+        used["guidance"] = dataclasses.asdict(config.guidance)
     oracle_hash = content_hash([trained["process"], used["sampler"], sweep.oracle])
     return [
         Run(

@@ -7,7 +7,8 @@
         U-Net: conf/denoiser/unet_small.yaml  (a setting may also be a YAML file, or a list of them)
 
 A cell's configuration is `base` (and the YAML files of its settings), stacked, then `set`, then its settings. Its training
-part decides which network it needs; `sampler`, `horizons.act` and `env` are its inference part, tried on that network.
+part decides which network it needs; `sampler`, `guidance`, `horizons.act` and `env` are its inference part, tried on that
+network.
 
 The file is longer than most because it holds one thought: what a sweep file says, and what that means.
 """
@@ -279,7 +280,7 @@ def training_config(sweep: SweepConfig, cell: Cell, seed: int) -> Config:
 def training_part(config: Config, fingerprint: str) -> dict:
     """What decides a trained network, but for its seed: everything except how it is used, plus the data's fingerprint."""
     plain = config.to_dict()
-    for key in ("task", "seed", "sampler", "env"):  # task only names a folder
+    for key in ("task", "seed", "sampler", "guidance", "env"):  # task only names a folder
         del plain[key]
     return plain | {"data": {**plain["data"], "path": fingerprint}}
 

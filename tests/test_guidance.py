@@ -154,7 +154,7 @@ def test_training_makes_no_condition_that_it_does_not_use():
 def test_guiding_what_training_never_hid_is_refused():
     with pytest.raises(ValueError, match=r"guidance.task=2 needs a policy .* encoder.task_dropout above 0; .* nothing"):
         make_policy().use_guidance(GuidanceConfig(task=2.0))
-    with pytest.raises(ValueError, match="guidance.goal=3 .* this one can do without \\['task'\\]"):
+    with pytest.raises(ValueError, match=r"guidance.goal=3 .* this one can do without \['task'\]"):
         make_policy(task_dropout=0.1).use_guidance(GuidanceConfig(goal=3.0))
 
 
@@ -172,5 +172,5 @@ def test_policy_without_its_words_runs_where_training_hid_them_and_says_so_where
         chunk(make_policy(), obs)
     del obs["goal.image"]
     assert chunk(make_policy(task_dropout=0.1, goal_dropout=0.1), obs).isfinite().all()
-    with pytest.raises(ValueError, match="the policy needs 'goal.image'; the observation holds"):
+    with pytest.raises(ValueError, match=r"the policy needs 'goal.image'; the observation holds"):
         chunk(make_policy(task_dropout=0.1), obs)

@@ -192,6 +192,8 @@ class DiffusionPolicy(nn.Module):
             raise ValueError(f"x_start must be (B * num_samples, T_pred, D_act) = {shape}, got {tuple(x_start.shape)}")
         x_T = draw_noise(shape, self.device, generators) if x_start is None else x_start
         denoise, condition = classifier_free(self.denoise, condition, self.guidance)
+        if hasattr(self.denoiser, "prepare"):
+            condition = self.denoiser.prepare(condition)
         x_0 = sample(self.process, denoise, x_T, condition, self.sampler, generators, plan=self.plan, start=start)
         chunk = self.normalizer.unnormalize(ACTION, x_0)
         return chunk if num_samples == 1 else chunk.unflatten(0, (batch_size, num_samples))

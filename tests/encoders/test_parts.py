@@ -71,12 +71,12 @@ def test_part_that_training_never_hid_must_be_there(key, message):
         encoder(obs)
     with pytest.raises(ValueError, match=f"the policy needs '{key}'"):
         encoder(observation(ONE), drop=[key])
-    with pytest.raises(ValueError, match="a part of this policy's observation must be one of .* Did you mean 'task'"):
+    with pytest.raises(ValueError, match=r"a part of this policy's observation must be one of .* Did you mean 'task'"):
         encoder(observation(ONE), drop=["tasks"])
 
 
 def test_empty_instruction_is_refused_where_training_never_hid_it():
-    with pytest.raises(ValueError, match="number 1 has ''.*encoder.task_dropout can do without"):
+    with pytest.raises(ValueError, match=r"number 1 has ''.*encoder.task_dropout can do without"):
         build(NO_CAMERA)(observation(NO_CAMERA) | {"task": ["push", "", "push"]})
 
 
