@@ -142,6 +142,12 @@ def merge(
         list[str] | None, typer.Option(help="KEY=ROLE, once per key, as `img=observation.images.top`.")
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Steps per second, where the sources do not say.")] = None,
+    paint_out: Annotated[
+        str,
+        typer.Option(
+            help="Take out of the pictures what gives the task away: `pusht_goal`, the light green goal of Push-T."
+        ),
+    ] = "",
 ) -> None:
     """Writes several stores as one, the episodes of each with instructions of its own.
 
@@ -151,6 +157,7 @@ def merge(
     """
     from diffpolicy.merging import merge as write_merged
     from diffpolicy.merging import read_wordings
+    from diffpolicy.paint_out import painter
     from diffpolicy.replay import ReplayBuffer
 
     if wordings:
@@ -166,6 +173,7 @@ def merge(
             roles=parse_roles(role or ()),
             fps=fps,
             seed=seed,
+            repaint=painter(paint_out) if paint_out else None,
             progress=progress,
         )
     for key, why in merged.left_out.items():

@@ -129,6 +129,7 @@ def merge(
     if repaint is not None and not repaints:
         raise ValueError(f"there is no camera to repaint: none of {list(kept)} holds pictures of 0..255 (H, W, 3)")
 
+    notes += [f"{key} is repainted" for key in repaints]
     lengths = [int(length) for buffer in buffers for length in buffer.episode_lengths]
 
     def rows(key: str) -> Iterator[np.ndarray]:

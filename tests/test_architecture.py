@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"store_folder", "store_layout", "normalizer", "safety", "metrics", "ablation_cells", "plots", "progress", "envs"},
     {"replay", "ablation_table"},
     {"importers", "rewriting", "windows", "validation", "open_loop", "ablation_plots"},
-    {"merging"},
+    {"merging", "paint_out"},
     {"encoders", "denoisers", "processes", "guidance"},
     {"policies", "foreign", "mixture", "schedule_plots"},
     {"executors"},
