@@ -14,7 +14,7 @@ from diffpolicy import train as trainer
 from diffpolicy.checkpoint import load_config_of, load_policy
 from diffpolicy.config import build_policy, config_from_dict, find_yaml, load_config
 from diffpolicy.demos import collect, make_demonstrator
-from diffpolicy.encoders.clip_towers import known_models
+from diffpolicy.encoders.clip_weights import known_models
 from diffpolicy.envs import make_env
 from diffpolicy.replay import ReplayBuffer
 from diffpolicy.spec import DataSpec, FieldSpec
