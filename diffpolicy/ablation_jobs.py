@@ -26,7 +26,7 @@ from rich.console import Console
 
 from diffpolicy import __version__
 from diffpolicy.checkpoint import list_checkpoints, load_policy, read_description, resolve_device
-from diffpolicy.config import FAMILIES, Choice, config_from_dict
+from diffpolicy.config import FAMILIES, config_from_dict, env_for
 from diffpolicy.executors import RecedingHorizon
 from diffpolicy.policies import DiffusionPolicy
 from diffpolicy.rollout import rollout
@@ -93,7 +93,7 @@ def run_rollout(job: dict) -> dict:
     device = resolve_device(job["device"])
     policy = load_policy(run, device).use_sampler(config.sampler).use_guidance(config.guidance)
     policy.horizons = dataclasses.replace(policy.horizons, act=config.horizons.act)
-    env = with_camera(config.env, bool(policy.spec.image_keys))
+    env = env_for(config.env, policy.spec)
     calls = _count_calls(policy)
     first, episodes = job["first_env_seed"], job["episodes"]
     result = rollout(
@@ -155,13 +155,6 @@ def run_oracle(job: dict) -> dict:
     grade = dataclasses.asdict(oracle.grade(process, config.sampler, **job["oracle"]))
     write_json(Path(job["file"]), {"hash": job["hash"], "label": job["label"], "grade": grade})
     return {"energy_distance": grade["energy_distance"]}
-
-
-def with_camera(env: Choice, needed: bool) -> Choice:
-    """The environment, with pixels=True where the policy looks at pictures."""
-    if needed and hasattr(env.options, "pixels"):
-        return Choice(env.name, dataclasses.replace(env.options, pixels=True))
-    return env
 
 
 def read_minutes(run: Path) -> float:

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from diffpolicy.ablation_cells import AblationResult, CellResult
-from diffpolicy.ablation_jobs import BATCH_SIZE, with_camera
+from diffpolicy.ablation_jobs import BATCH_SIZE
 from diffpolicy.ablation_table import ORACLE_COLUMNS
-from diffpolicy.config import Config, DataConfig, build_policy
+from diffpolicy.config import Config, DataConfig, build_policy, env_for
 from diffpolicy.policies import DiffusionPolicy
 from diffpolicy.replay import ReplayBuffer
 from diffpolicy.rollout import check_fit
@@ -209,7 +209,7 @@ class _Bench:
     def check_env(self, config: Config, spec: DataSpec) -> None:
         if config.env is None:
             raise ValueError("a sweep plays in a simulator; name one, as in env: {name: pusht}")
-        env = with_camera(config.env, bool(spec.image_keys))
+        env = env_for(config.env, spec)
         key = content_hash([env.to_dict(), dataclasses.asdict(spec)])
         if key not in self._fitting:
             check_fit(spec, env.name, dataclasses.asdict(env.options))

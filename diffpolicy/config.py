@@ -207,6 +207,13 @@ def changed_sampler(sampler: SamplerConfig, options: Sequence[str]) -> SamplerCo
     return _build(SamplerConfig, _without_tuples(dataclasses.asdict(sampler)) | given, "sampler", {})
 
 
+def env_for(env: Choice, spec: DataSpec) -> Choice:
+    """The environment with the pictures switched on that a policy of this spec looks at: cameras, a goal image."""
+    wanted = {"pixels": bool(spec.image_keys), "goal_image": bool(spec.goal_keys)}
+    shown = {name: True for name, needed in wanted.items() if needed and hasattr(env.options, name)}
+    return Choice(env.name, dataclasses.replace(env.options, **shown)) if shown else env
+
+
 def build_policy(config: Config, spec: DataSpec) -> DiffusionPolicy:
     """The policy that a config describes, for data of this spec; weights random, statistics missing."""
     encoder_class, denoiser_class, process_class = (

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from diffpolicy import __version__
 from diffpolicy.checkpoint import find_checkpoint, load_policy, read_description, resolve_device
-from diffpolicy.config import Choice, changed_sampler, choose, config_from_dict
+from diffpolicy.config import Choice, changed_sampler, choose, config_from_dict, env_for
 from diffpolicy.envs import ENVIRONMENTS, make_env
 from diffpolicy.executors import EXECUTORS
 from diffpolicy.open_loop import OpenLoopResult, replay_open_loop
@@ -59,36 +59,11 @@ def evaluate(
         ValueError, FileNotFoundError: a checkpoint, environment or option that does not fit, before anything runs.
     """
     console = console or Console()
-    folder = find_checkpoint(checkpoint)
-    device = resolve_device(device)
-    policy = load_policy(folder, device)
-    described = read_description(folder)
-    config = config_from_dict(described["config"])
-    choice = _choose_env(config.env, env, env_options)
-    if policy.spec.image_keys and hasattr(choice.options, "pixels"):  # without its camera it could not act
-        choice = Choice(choice.name, dataclasses.replace(choice.options, pixels=True))
-    options = [
-        f"{key}={value}"
-        for key, value in (
-            ("name", sampler),
-            ("num_inference_steps", steps),
-            ("spacing", spacing),
-            ("clip_sample", _parse_clip(clip)),
-        )
-        if value is not None
-    ]
-    policy.use_sampler(changed_sampler(policy.sampler, [*options, *sampler_options]))
-    if steps is not None and policy.sampler.num_inference_steps != steps:
-        calls = policy.sampler.num_inference_steps
-        warnings.warn(f"--steps {steps} is ignored: {policy.sampler.name} always makes {calls}", stacklevel=2)
-    if act is not None:
-        policy.horizons = dataclasses.replace(policy.horizons, act=act)
-    batch_size = batch_size or (64 if device.startswith("cuda") else 16)
-    executor = EXECUTORS["receding_horizon"](policy, batch_size=batch_size)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # rollout() says them
-        check_fit(policy.spec, choice.name, dataclasses.asdict(choice.options))  # before a folder or a bar is made
-    out = _new_folder(Path(out) if out is not None else _default_out(folder, policy, choice, seed, episodes))
+    run = _prepare(
+        checkpoint, env, env_options, sampler, steps, spacing, clip, sampler_options, act, batch_size, device
+    )
+    policy, choice, executor = run.policy, run.env, run.executor
+    out = _new_folder(Path(out) if out is not None else _default_out(run.folder, policy, choice, seed, episodes))
 
     scores: list[Episode] = []
     with progress_bar("rollout", console) as bar:

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 
 from diffpolicy import plots
-from diffpolicy.encoders.parts import part_of
+from diffpolicy.encoders.parts import GOAL_PART, part_of
 from diffpolicy.envs import make_env
 from diffpolicy.envs.players import LocalPlayers, Played, ProcessPlayers
 from diffpolicy.executors import RecedingHorizon
 from diffpolicy.metrics import bootstrap_interval, percentiles, wilson_interval
 from diffpolicy.spec import ACTION, TASK, DataSpec
-
 
 Change = Callable[[dict, Sequence[int]], dict]
 """Observations role -> (B, T_obs, ...) (`task` -> B strings) and the B episodes' seeds -> observations for the policy."""
@@ -201,6 +200,8 @@ def rollout(
     env_choices = dict(env_choices or {})
     if policy.spec.image_keys:
         env_choices.setdefault("pixels", True)
+    if policy.spec.goal_keys and GOAL_PART not in policy.droppable:
+        env_choices.setdefault("goal_image", True)
     if not len(seeds):
         raise ValueError("a rollout needs at least one seed (--episodes must be at least 1)")
     if len(set(seeds)) != len(seeds):
@@ -293,6 +294,7 @@ def measure_latency(
     """Wall time of a policy call for one observation, what a robot would wait for: percentiles in milliseconds."""
     policy = executor.policy
     choices = dict(env_choices or {}) | ({"pixels": True} if policy.spec.image_keys else {})
+    choices |= {"goal_image": True} if policy.spec.goal_keys and GOAL_PART not in policy.droppable else {}
     player = LocalPlayers(env_name, choices, policy.horizons.obs, 1)
     look = player.call("start", {0: (0, False, False)})[0].obs
     player.close()
