@@ -42,7 +42,7 @@ from diffpolicy.config import Config, build_policy
 from diffpolicy.policies import DiffusionPolicy
 from diffpolicy.progress import progress_bar
 from diffpolicy.replay import ReplayBuffer
-from diffpolicy.spec import ACTION, DataSpec, MissingExtraError
+from diffpolicy.spec import ACTION, TASK, DataSpec, MissingExtraError
 from diffpolicy.training import PolicyModule, ReplayDataModule
 from diffpolicy.windows import load_windows, split_episodes
 
@@ -108,6 +108,7 @@ def train(
             _require_finite(windows.arrays, buffer, _rows_of(buffer, episodes))
     torch.manual_seed(config.seed)
     policy = build_policy(config, spec)
+    _require_instructions(policy, buffer, [*training, *validation], console)
     rows = torch.from_numpy(_rows_of(buffer, training))
     for key in (*spec.state_keys, ACTION):
         policy.normalizer.fit(key, train_windows.arrays[key][rows])
@@ -381,6 +382,27 @@ def _require_finite(arrays: dict[str, torch.Tensor], buffer: ReplayBuffer, rows)
                 f"{bad[0] - buffer.episode_slice(episode).start} (row {bad[0]}); drop it with `diffpolicy data drop "
                 f"{buffer.path} --episodes {episode}`, see all with `diffpolicy data validate {buffer.path}`"
             )
+
+
+def _require_instructions(policy: DiffusionPolicy, buffer: ReplayBuffer, episodes: list[int], console: Console) -> None:
+    """A policy that reads needs words in every episode, unless it learns to do without; says how many have none.
+
+    Raises:
+        ValueError: an episode has no instruction, naming the first and how many more; nothing was trained.
+    """
+    if "text" not in policy.encoder.cond.kinds:
+        return
+    silent = [episode for episode in episodes if not buffer.episode_task(episode).strip()]
+    if not silent:
+        return
+    count = f"{len(silent)} of {len(episodes)} episodes of {buffer.path} have no instruction (the first is {silent[0]})"
+    if TASK not in policy.droppable:
+        raise ValueError(
+            f"{count}, and encoder.name=clip reads it; write them with `diffpolicy data convert OLD.zarr NEW.zarr --task "
+            '"..."` (one for all) or `diffpolicy data merge` (one for each source), drop these episodes, learn to do without '
+            "(encoder.task_dropout=0.1), or set encoder.text=none"
+        )
+    console.print(f"{count}: learnt as if nothing was said")
 
 
 def _warn_of_clipped_actions(policy: DiffusionPolicy, actions: torch.Tensor, console: Console) -> None:

@@ -237,3 +237,16 @@ def test_shipped_encoder_stacks_on_a_task_and_builds(file, num_parameters):
         encoder = build_policy(config, DataSpec(fields=fields)).encoder
     assert sum(p.numel() for n, p in encoder.named_parameters() if "tower." in n) == num_parameters
     assert find_yaml(f"conf/encoder/{file}.yaml").is_file()
+
+
+def test_store_without_instructions_is_named_before_any_training(store, tmp_path):
+    silent = tmp_path / "silent.zarr"
+    source = ReplayBuffer.open(store)
+    with ReplayBuffer.create(silent, fields=source.fields, fps=10) as buffer:
+        for i in range(4):
+            rows = {key: source.read(key)[source.episode_slice(i)] for key in source.keys}
+            buffer.append_episode(rows, task="" if i in (1, 3) else "push it")
+    with pytest.raises(ValueError, match=r"2 of 4 episodes of .*silent.zarr have no instruction \(the first is 1\)"):
+        run(config_for(silent), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    run(config_for(silent, task_dropout=0.1, train={"steps": 2}), tmp_path / "learnt")
