@@ -18,7 +18,9 @@ from typing import Protocol
 import numpy as np
 
 from diffpolicy.envs.base import RobotEnv
+from diffpolicy.envs.metaworld_expert import MetaworldDemonstrator
 from diffpolicy.envs.tabletop_expert import TabletopDemonstrator
+from diffpolicy.envs.tabletop_language_expert import TabletopLanguageDemonstrator
 from diffpolicy.replay import ReplayBuffer
 from diffpolicy.spec import ACTION, FieldSpec, unknown_name
 
@@ -190,7 +192,11 @@ def _check_same_collection(
         )
 
 
-DEMONSTRATORS: dict[str, type[Demonstrator]] = {"tabletop": TabletopDemonstrator}
+DEMONSTRATORS: dict[str, type[Demonstrator]] = {
+    "metaworld": MetaworldDemonstrator,
+    "tabletop": TabletopDemonstrator,
+    "tabletop_language": TabletopLanguageDemonstrator,
+}
 """Environment -> its scripted demonstrator. To add one, write a class with reset and act, and a line here."""
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 from diffpolicy.envs.base import RobotEnv
+from diffpolicy.envs.metaworld import MetaworldConfig, MetaworldEnv
 from diffpolicy.envs.pusht import PushtConfig, PushtEnv
 from diffpolicy.envs.pusht_language import PushtLanguageConfig, PushtLanguageEnv
 from diffpolicy.envs.tabletop import TabletopConfig, TabletopEnv
+from diffpolicy.envs.tabletop_language import TabletopLanguageConfig, TabletopLanguageEnv
 from diffpolicy.spec import unknown_name
 
 ENVIRONMENTS = {
+    "metaworld": (MetaworldConfig, MetaworldEnv),
     "pusht": (PushtConfig, PushtEnv),
     "pusht_language": (PushtLanguageConfig, PushtLanguageEnv),
     "tabletop": (TabletopConfig, TabletopEnv),
+    "tabletop_language": (TabletopLanguageConfig, TabletopLanguageEnv),
 }
 
 

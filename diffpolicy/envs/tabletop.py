@@ -25,7 +25,7 @@ from diffpolicy.envs.base import RobotEnv
 from diffpolicy.envs.table_picture import (
     BLOCK_COLOURS,
     PUSHER_COLOUR,
-    TABLE_COLOUR as TABLE_COLOUR,
+    TABLE_COLOUR,  # noqa: F401 - whoever looks at its pictures asks for their colours here
     TARGET_COLOUR,
     ZONE_COLOURS,
     empty_table,

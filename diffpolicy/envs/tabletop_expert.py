@@ -83,12 +83,12 @@ class TabletopDemonstrator:
         if pusher[1] > env.post_xy[1]:  # still below the post: first to the chosen side of it
             sign = -1.0 if self.side == "left" else 1.0
             goal = env.post_xy + np.array([sign * (POST_CLEARANCE + self._detour), -10.0])
-            return lead * _heading(pusher, goal, discs, post_turn=sign)
+            return lead * heading_past(pusher, goal, discs, post_turn=sign)
         distance = np.linalg.norm(goal - pusher)
-        return min(lead, max(distance, 10.0)) * _heading(pusher, goal, discs)
+        return min(lead, max(distance, 10.0)) * heading_past(pusher, goal, discs)
 
 
-def _heading(
+def heading_past(
     position: np.ndarray, goal: np.ndarray, discs: list[tuple[np.ndarray, float]], post_turn: float = 0.0
 ) -> np.ndarray:
     """Unit vector towards `goal`, bent along the tangent of the first disc (centre, radius) that is in the way.
