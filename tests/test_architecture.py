@@ -50,6 +50,8 @@ ROOMS = {
     "omegaconf": set().union(*LAYERS[HEIGHT["config"] :]),
     "safetensors": {"checkpoint"},
     "gymnasium": {"envs"},
+    "metaworld": {"envs"},
+    "mujoco": {"envs"},
     "typer": {"cli", "cli_data", "cli_schedules", "cli_ablate", "cli_oracle"},
 }
 """Third-party package -> the only modules or folders that may import it."""
