@@ -269,6 +269,15 @@ def rollout(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     videos: Annotated[int, typer.Option(help="Film so many episodes.", min=0)] = 4,
     pictures: Annotated[int, typer.Option(help="Episodes on the contact sheet.", min=0)] = 64,
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROWS",
+            help="Play the same seeds under other words: `language`, or some of asked, swapped, empty, paraphrase, held_out, "
+            "state_only, image_only, with commas between.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Result folder; default: rollouts/ beside the checkpoint.", show_default=False),
@@ -279,6 +288,14 @@ def rollout(
     Writes results.json (every episode, success with its Wilson interval, score with its bootstrap interval, latency),
     videos/ and contact_sheet.png.
 
+    [bold]--probe language[/bold] asks whether the policy does what the words say, or only what the scene suggests. Every row
+    plays the same seeds with the same noise: [bold]asked[/bold] (the reference), [bold]swapped[/bold] (same scene, words of
+    another goal), [bold]empty[/bold] (no words), [bold]paraphrase[/bold] (wordings never trained on), [bold]held_out[/bold]
+    (goals never shown), [bold]state_only[/bold] and [bold]image_only[/bold] (half of the senses). The table says how often the
+    named goal was reached ([bold]follows[/bold]), that of the scene against the words ([bold]ignores[/bold]), a third
+    ([bold]other[/bold]), each with its interval, and tests every row against asked. Writes probes.json, probes.csv, probes.png,
+    same_scene.png and videos/.
+
     [bold]Examples[/bold]
 
     diffpolicy rollout runs/pusht_keypoint/first --episodes 500 --seed 100000
@@ -286,30 +303,37 @@ def rollout(
     diffpolicy rollout runs/pusht_state/unet/checkpoints/step_010000 --sampler ddim --steps 10
 
     diffpolicy rollout RUN --sampler diffusers --sampler-option scheduler=DEISMultistepScheduler
+
+    diffpolicy rollout RUN --episodes 200 --probe language
+
+    diffpolicy rollout RUN --episodes 200 --probe swapped,paraphrase --steps 4
     """
     from diffpolicy import evaluate
 
-    evaluate.evaluate(
-        checkpoint,
-        env=env,
-        env_options=env_option or [],
-        episodes=episodes,
-        seed=seed,
-        sampling_seed=sampling_seed,
-        sampler=sampler,
-        steps=steps,
-        spacing=spacing,
-        clip=clip,
-        sampler_options=sampler_option or [],
-        act=act,
-        num_envs=envs,
-        num_workers=workers,
-        batch_size=batch,
-        device=device,
-        videos=videos,
-        pictures=pictures,
-        out=out,
-    )
+    choices = {
+        "env": env,
+        "env_options": env_option or [],
+        "episodes": episodes,
+        "seed": seed,
+        "sampling_seed": sampling_seed,
+        "sampler": sampler,
+        "steps": steps,
+        "spacing": spacing,
+        "clip": clip,
+        "sampler_options": sampler_option or [],
+        "act": act,
+        "num_envs": envs,
+        "num_workers": workers,
+        "batch_size": batch,
+        "device": device,
+        "videos": videos,
+        "pictures": pictures,
+        "out": out,
+    }
+    if probe is None:
+        evaluate.evaluate(checkpoint, **choices)
+    else:
+        evaluate.probe(checkpoint, probe, **choices)
 
 
 @app.command()

@@ -1,30 +1,26 @@
-"""One rollout of a checkpoint from start to finish: load, run, write, show. `diffpolicy rollout` and quickstart call it."""
+"""A checkpoint from start to finish: load, run, write, show. `diffpolicy rollout`, with or without --probe, and quickstart."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
-import platform
-import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from diffpolicy import __version__
-from diffpolicy.checkpoint import find_checkpoint, load_policy, read_description, resolve_device
-from diffpolicy.config import Choice, changed_sampler, choose, config_from_dict, env_for
+from diffpolicy.config import Choice, choose
 from diffpolicy.envs import ENVIRONMENTS, make_env
-from diffpolicy.executors import EXECUTORS
 from diffpolicy.open_loop import OpenLoopResult, replay_open_loop
 from diffpolicy.policies import DiffusionPolicy
+from diffpolicy.prepare import default_out, new_folder, prepare
+from diffpolicy.probe_report import MAX_SCENES, write_figures, write_films, write_numbers
+from diffpolicy.probe_table import explanation, goal_table, probe_table
+from diffpolicy.probes import Probes, Row, check_can_be_probed, parse_probes, play_probes
 from diffpolicy.progress import progress_bar
 from diffpolicy.replay import ReplayBuffer
-from diffpolicy.rollout import Episode, RolloutResult, check_fit, measure_latency, rollout, write_rollout
+from diffpolicy.rollout import Episode, RolloutResult, measure_latency, rollout, write_rollout
 
 
 def evaluate(
@@ -59,11 +55,21 @@ def evaluate(
         ValueError, FileNotFoundError: a checkpoint, environment or option that does not fit, before anything runs.
     """
     console = console or Console()
-    run = _prepare(
-        checkpoint, env, env_options, sampler, steps, spacing, clip, sampler_options, act, batch_size, device
+    run = prepare(
+        checkpoint,
+        env=env,
+        env_options=env_options,
+        sampler=sampler,
+        steps=steps,
+        spacing=spacing,
+        clip=clip,
+        sampler_options=sampler_options,
+        act=act,
+        batch_size=batch_size,
+        device=device,
     )
     policy, choice, executor = run.policy, run.env, run.executor
-    out = _new_folder(Path(out) if out is not None else _default_out(run.folder, policy, choice, seed, episodes))
+    out = new_folder(Path(out) if out is not None else default_out(run.folder, policy, choice, seed, episodes))
 
     scores: list[Episode] = []
     with progress_bar("rollout", console) as bar:
@@ -93,24 +99,7 @@ def evaluate(
     write_rollout(
         result,
         out,
-        {
-            "checkpoint": str(folder),
-            "step": described.get("step"),
-            "env": choice.to_dict(),
-            "seed": seed,
-            "sampling_seed": sampling_seed,
-            "sampler": dataclasses.asdict(policy.sampler),
-            "labels": [finding.label for finding in policy.findings()],
-            "horizons": dataclasses.asdict(policy.horizons),
-            "single_observation_latency_ms": alone,
-            "device": torch.cuda.get_device_name()
-            if device.startswith("cuda")
-            else platform.processor() or platform.machine(),
-            "torch_threads": torch.get_num_threads(),
-            "diffpolicy": __version__,
-            "command": sys.argv,
-            "finished": datetime.datetime.now().isoformat(timespec="seconds"),
-        },
+        run.described(seed, sampling_seed) | {"single_observation_latency_ms": alone},
         fps=fps,
     )
     console.print(
@@ -120,6 +109,85 @@ def evaluate(
         soft_wrap=True,
     )
     return result, out
+
+
+def probe(
+    checkpoint: str | Path,
+    probes: str = "language",
+    *,
+    episodes: int = 100,
+    seed: int = 100_000,
+    sampling_seed: int = 0,
+    num_envs: int = 16,
+    num_workers: int | None = None,
+    videos: int = 4,
+    pictures: int = 64,
+    out: str | Path | None = None,
+    console: Console | None = None,
+    **choices,
+) -> tuple[Probes, Path]:
+    """Plays the same seeds under other words and without parts of the observation; see probes.py.
+
+    Args:
+        probes: `language` for all, or a comma list of probes.PROBES.
+        videos, pictures: of each row the first so many seeds.
+        choices: env, env_options, sampler, ..., device, as evaluate() takes them.
+    Returns:
+        What was played, and the folder it was written to.
+    Raises:
+        ValueError: an unknown probe, an environment without words, a policy that reads none; and as evaluate().
+    """
+    console = console or Console()
+    names = parse_probes(probes)
+    run = prepare(checkpoint, **choices)
+    policy, choice = run.policy, run.env
+    check_can_be_probed(policy, choice.name)
+    out = Path(out) if out is not None else default_out(run.folder, policy, choice, seed, episodes)
+    out = new_folder(out if out.name.startswith("probe") else out.with_name(f"probe_{out.name}"))
+    described = run.described(seed, sampling_seed)
+    fps = ENVIRONMENTS[choice.name][1].fps
+
+    def on_row(row: Row, played: Probes) -> None:
+        write_films(row, out, fps)
+        write_numbers(played, out, described)
+
+    with progress_bar("{task.description}", console) as bar:
+
+        def on_start(name: str) -> Callable[[Episode], None]:
+            task = bar.add_task(f"{name:10}", total=episodes, shown="")
+            seen: list[bool] = []
+
+            def on_episode(episode: Episode) -> None:
+                seen.append(episode.success)
+                bar.update(task, advance=1, shown=f"follows {sum(seen) / len(seen):.0%}")
+
+            return on_episode
+
+        played = play_probes(
+            run.executor,
+            choice.name,
+            dataclasses.asdict(choice.options),
+            names,
+            seeds=range(seed, seed + episodes),
+            num_envs=num_envs,
+            num_workers=num_workers,
+            sampling_seed=sampling_seed,
+            num_films=videos,
+            num_pictures=min(pictures, MAX_SCENES),
+            on_row=on_row,
+            on_start=on_start,
+        )
+    write_numbers(played, out, described)  # once more: now it is known what was left out
+    title = f"{choice.name}: {episodes} seeds under other words, {policy.sampler.name}, {policy.sampler.num_inference_steps} steps"
+    console.print(probe_table(played, title))
+    for line in explanation(played):
+        console.print(line, highlight=False, markup=False)
+    if (goals := goal_table(played)) is not None:
+        console.print(goals)
+    figures = [path.name for path in write_figures(played, out, title)]
+    names = ["probes.json", "probes.csv", *figures, *(["videos/"] if videos else [])]
+    console.print(f"results in {out}: {', '.join(names)}", soft_wrap=True)
+    return played, out
 
 
 def replay_recording(
@@ -188,6 +256,11 @@ def summary_table(result: RolloutResult, policy: DiffusionPolicy, env: Choice, a
     table.add_row("success", f"{s['success_rate']:.1%}", f"{low:.1%} .. {high:.1%}  (Wilson)")
     low, high = s["mean_score_interval_95"]
     table.add_row("mean score", f"{s['mean_score']:.3f}", f"{low:.3f} .. {high:.3f}  (bootstrap)")
+    if goals := s.get("goals"):
+        table.add_row("follows, of those that reached any goal", *_shown(goals["followed_share"]))
+        table.add_row("ignores: reached a goal not named", *_shown(goals["ignores"]))
+        if goals["other_score"] is not None:
+            table.add_row("best score at a goal not named", f"{goals['other_score']:.3f}", "")
     table.add_row("mean steps", f"{s['mean_steps']:.1f}", "")
     table.add_row(
         "one chunk, one robot", f"{alone['p50']:.1f} ms", f"p95 {alone['p95']:.1f}, p99 {alone['p99']:.1f} ms"
@@ -203,44 +276,8 @@ def summary_table(result: RolloutResult, policy: DiffusionPolicy, env: Choice, a
     return table
 
 
-def _choose_env(trained: Choice | None, name: str | None, options: Sequence[str]) -> Choice:
-    if name is None:
-        if trained is None:
-            raise ValueError(f"the checkpoint names no environment; choose one with --env from {sorted(ENVIRONMENTS)}")
-        name = trained.name
-    given = choose("env", name, options)  # checks the options by themselves
-    if trained is None or trained.name != name:
-        return given
-    chosen = {option.split("=", 1)[0] for option in options}
-    return Choice(name, dataclasses.replace(trained.options, **{k: getattr(given.options, k) for k in chosen}))
-
-
-def _parse_clip(clip: str | float | None) -> str | float | None:
-    """None: leave as trained; null: no clipping."""
-    if clip is None or isinstance(clip, float):
-        return clip
-    if str(clip).lower() in ("none", "null", "off"):
-        return "null"
-    try:
-        return float(clip)
-    except ValueError:
-        raise ValueError(f"--clip must be a positive number or `none`, got {clip!r}") from None
-
-
-def _default_out(folder: Path, policy: DiffusionPolicy, env: Choice, seed: int, episodes: int) -> Path:
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    sampler = policy.sampler
-    return (
-        run
-        / "rollouts"
-        / f"{env.name}_{folder.name}_{sampler.name}-{sampler.num_inference_steps}_seed{seed}x{episodes}"
-    )
-
-
-def _new_folder(path: Path) -> Path:
-    """The path, or path-2, path-3, ... where results stand already: earlier results are never overwritten."""
-    chosen, number = path, 2
-    while chosen.exists() and any(chosen.iterdir()):
-        chosen, number = path.with_name(f"{path.name}-{number}"), number + 1
-    chosen.mkdir(parents=True, exist_ok=True)
-    return chosen
+def _shown(rate: dict) -> tuple[str, str]:
+    if not rate["trials"]:
+        return "none did", ""
+    low, high = rate["interval_95"]
+    return f"{rate['rate']:.1%}", f"{low:.1%} .. {high:.1%}  (Wilson)"

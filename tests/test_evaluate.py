@@ -134,7 +134,7 @@ def test_a_policy_without_an_environment_asks_for_one(store, trained, tmp_path):
     described["config"]["env"] = None
     (copy / "config.json").write_text(json.dumps(described))
     few = {k: v for k, v in FEW.items() if k != "env_options"}
-    with pytest.raises(ValueError, match=r"names no environment; choose one with --env from \['pusht', .*'tabletop'"):
+    with pytest.raises(ValueError, match=r"names no environment; choose one with --env from .*'tabletop'.*"):
         evaluate(copy, console=console(), **few)
     assert len(evaluate(copy, env="tabletop", console=console(), **FEW)[0].episodes) == 2
 
