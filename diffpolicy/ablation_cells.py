@@ -4,6 +4,7 @@ A cell is one setting, trained with S training seeds; each of its S networks pla
 
     S        training seeds: networks of one cell
     E        environment seeds: start states
+    O        the first of them, whose observations were answered several times
 """
 
 from __future__ import annotations
@@ -41,6 +42,13 @@ class CellResult:
     oracle: dict[str, float] | None = None
     """What the sampler alone costs, with the exact denoiser and no network: energy_distance, energy_floor,
     mode_weight_error, dispersion_ratio."""
+    diversity: np.ndarray | None = None
+    """(S, O) distance between two chunks for the same start observation (metrics.chunk_diversity), in normalised action
+    units; None where it is not known of every network: cells of an earlier version, chunks that are not finite."""
+    ignores: np.ndarray | None = None
+    """(S, E) bool, whether a goal was fulfilled that the words did not name; None where the environment has no goals."""
+    guidance: dict[str, float] = field(default_factory=dict)
+    """Part of the observation -> its weight of classifier-free guidance; 1 where it is as trained."""
     train: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Training seed -> minutes, steps, val_action_mse, run folder; whatever is known."""
 
@@ -49,17 +57,28 @@ class CellResult:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "scores", np.asarray(self.scores, dtype=np.float64))
         object.__setattr__(self, "successes", np.asarray(self.successes, dtype=bool))
+        if self.diversity is not None:
+            object.__setattr__(self, "diversity", np.asarray(self.diversity, dtype=np.float64))
+        if self.ignores is not None:
+            object.__setattr__(self, "ignores", np.asarray(self.ignores, dtype=bool))
         expected = len(self.train_seeds), len(self.env_seeds)
         if 0 in expected:
             raise ValueError(f"cell {self.label!r} needs a training seed and an environment seed, got {expected}")
         for name in ("train_seeds", "env_seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"cell {self.label!r}: {name} must differ from each other, got {getattr(self, name)}")
-        for name in ("scores", "successes"):
-            if getattr(self, name).shape != expected:
+        for name in ("scores", "successes", "ignores"):
+            if getattr(self, name) is not None and getattr(self, name).shape != expected:
                 raise ValueError(
                     f"cell {self.label!r}: {name} must be (S={expected[0]}, E={expected[1]}), "
                     f"got {getattr(self, name).shape}"
+                )
+        if self.diversity is not None:
+            rows = len(self.diversity) if self.diversity.ndim == 2 and self.diversity.size else 0
+            if rows != expected[0] or not (self.diversity >= 0).all() or not np.isfinite(self.diversity).all():
+                raise ValueError(
+                    f"cell {self.label!r}: diversity must be (S={expected[0]}, O) finite numbers >= 0, got shape "
+                    f"{self.diversity.shape}; leave it out where it is not known"
                 )
         if not ((self.scores >= 0) & (self.scores <= 1)).all():  # NaN is neither
             bad = np.argwhere(~((self.scores >= 0) & (self.scores <= 1)))[0]

@@ -27,9 +27,10 @@ from rich.console import Console
 from diffpolicy import __version__
 from diffpolicy.checkpoint import list_checkpoints, load_policy, read_description, resolve_device
 from diffpolicy.config import FAMILIES, config_from_dict, env_for
+from diffpolicy.diversity import start_diversity
 from diffpolicy.executors import RecedingHorizon
 from diffpolicy.policies import DiffusionPolicy
-from diffpolicy.rollout import rollout
+from diffpolicy.rollout import Episode, rollout
 from diffpolicy.train import train
 
 BATCH_SIZE = 16
@@ -95,18 +96,21 @@ def run_rollout(job: dict) -> dict:
     policy.horizons = dataclasses.replace(policy.horizons, act=config.horizons.act)
     env = env_for(config.env, policy.spec)
     calls = _count_calls(policy)
-    first, episodes = job["first_env_seed"], job["episodes"]
+    seeds = range(job["first_env_seed"], job["first_env_seed"] + job["episodes"])
+    executor, options = RecedingHorizon(policy, batch_size=BATCH_SIZE), dataclasses.asdict(env.options)
     result = rollout(
-        RecedingHorizon(policy, batch_size=BATCH_SIZE),
+        executor,
         env.name,
-        dataclasses.asdict(env.options),
-        seeds=range(first, first + episodes),
+        options,
+        seeds=seeds,
         num_envs=BATCH_SIZE,
         num_workers=0,
         sampling_seed=job["sampling_seed"],
     )
-    if len(result.episodes) < episodes:
+    if len(result.episodes) < len(seeds):
         raise KeyboardInterrupt
+    num_calls = calls["denoiser"] // calls["encoder"]
+    diversity = start_diversity(executor, env.name, options, seeds=seeds, sampling_seed=job["sampling_seed"])
     trained = json.loads((run / "environment.json").read_text())
     cell = {
         "hash": job["hash"],
@@ -117,7 +121,14 @@ def run_rollout(job: dict) -> dict:
         "scores": [float(e.score) for e in result.episodes],
         "successes": [bool(e.success) for e in result.episodes],
         "steps": [int(e.steps) for e in result.episodes],
-        "nfe": calls["denoiser"] // calls["encoder"],
+        **_goals(result.episodes),
+        "diversity": {
+            "num_chunks": diversity.num_chunks,
+            "env_seeds": list(diversity.seeds),
+            "values": [float(value) if np.isfinite(value) else None for value in diversity.values],
+            "seconds": diversity.seconds,
+        },
+        "nfe": num_calls,
         "call_ms": median(result.call_ms or [e.chunk_latency_ms for e in result.episodes]),
         "labels": [finding.label for finding in policy.findings()],
         "sampling_seed": job["sampling_seed"],
@@ -140,7 +151,7 @@ def run_rollout(job: dict) -> dict:
         },
         "commit": trained["commit"],
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
-        "seconds": result.seconds,
+        "seconds": result.seconds + diversity.seconds,
     }
     write_json(Path(job["file"]), cell)
     return {"score": float(np.mean(cell["scores"])), "success": float(np.mean(cell["successes"]))}
@@ -155,6 +166,18 @@ def run_oracle(job: dict) -> dict:
     grade = dataclasses.asdict(oracle.grade(process, config.sampler, **job["oracle"]))
     write_json(Path(job["file"]), {"hash": job["hash"], "label": job["label"], "grade": grade})
     return {"energy_distance": grade["energy_distance"]}
+
+
+def _goals(episodes: list[Episode]) -> dict:
+    """What a cell's file says of goals, one entry for each episode; nothing where the environment knows no goals."""
+    if not all(e.goal for e in episodes):
+        return {}
+    return {
+        "goals": [e.goal for e in episodes],
+        "goals_reached": [list(e.goals_reached) for e in episodes],
+        "other_scores": [e.best_other_score for e in episodes],
+        "ignores": [bool(e.other_goals_reached) for e in episodes],
+    }
 
 
 def read_minutes(run: Path) -> float:

@@ -329,6 +329,9 @@ def collect_results(plan: Plan, failures: dict[str, str] | None = None) -> Ablat
                 call_ms=float(np.median([read["call_ms"] for _, read in done])),
                 labels=tuple(done[0][1]["labels"]),
                 oracle=read_grade(plan, runs[0]),
+                diversity=_of_all([(read.get("diversity") or {}).get("values") for _, read in done]),
+                ignores=_of_all([read.get("ignores") for _, read in done]),
+                guidance=done[0][1].get("guidance", {}),
                 train={run.seed: read["train"] for run, read in done},
             )
         )
@@ -346,6 +349,12 @@ def collect_results(plan: Plan, failures: dict[str, str] | None = None) -> Ablat
         duplicates=plan.duplicates,
         references=references,
     )
+
+
+def _of_all(rows: Sequence[Sequence[Any] | None]) -> np.ndarray | None:
+    """(S, ...) of what every network's file holds; None where one lacks it, as files of an earlier version do."""
+    whole = all(row and None not in row and len(row) == len(rows[0]) for row in rows)
+    return np.array(rows) if whole else None
 
 
 def references_of(cells: Sequence[CellResult], compare: dict) -> dict[str, str]:
@@ -368,6 +377,11 @@ def _describe(plan: Plan, found: list[dict]) -> dict[str, Any]:
                 values.append(str(cell))
         return ", ".join(values)
 
+    sampled = {
+        f"{cell['diversity']['num_chunks']} chunks for each of the first {len(cell['diversity']['env_seeds'])} start states"
+        for cell in found
+        if "diversity" in cell
+    }
     networks = {cell["train"]["hash"]: cell["train"]["minutes"] for cell in found}
     sweep = plan.sweep
     return {
@@ -381,6 +395,7 @@ def _describe(plan: Plan, found: list[dict]) -> dict[str, Any]:
         "training seeds": ", ".join(map(str, sweep.seeds)),
         "episodes": f"{sweep.episodes} per network, environment seeds from {sweep.first_env_seed}, "
         f"sampling seed {sweep.sampling_seed}, batches of {BATCH_SIZE}",
+        **({"diversity": ", ".join(sorted(sampled))} if sampled else {}),
         "set": json.dumps({k: v for k, v in sweep.set.items() if k != "data.path"}),
         "minutes": round(sum(networks.values()) + sum(cell["seconds"] for cell in found) / 60, 1),
         "networks": len(networks),

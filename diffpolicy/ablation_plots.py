@@ -1,4 +1,4 @@
-"""Figures of an ablation, PNG and PDF: cells, curves against network calls, heat map, differences. No computation.
+"""Figures of an ablation, PNG and PDF: cells, curves, success against diversity, heat map, differences. No computation.
 
 Colours are those of Okabe & Ito 2008 (distinct under colour blindness); markers and line styles differ as well, so that
 every figure reads in grey. A setting with known problems carries a letter, explained under the figure.
@@ -44,6 +44,9 @@ def draw_figures(result: AblationResult, summaries: tuple[CellSummary, ...], fol
         for number, axis in enumerate(curve_axes(result)):
             name = "curves" if number == 0 else f"curves_{number + 1}"
             drawn.append(_write(curves(result, summaries, axis), folder / name, _curves_caption(result, axis)))
+        for number, axis in enumerate(guided_axes(result)):
+            name = "diversity" if number == 0 else f"diversity_{number + 1}"
+            drawn.append(_write(trade_off(result, summaries, axis), folder / name, _trade_off_caption(result, axis)))
         if len(varying := varying_axes(result)) == 2 and max(_grid_shape(result, varying)) > 1:
             drawn.append(_write(heat_map(result, summaries), folder / "heat_map", HEAT_CAPTION))
         if any(s.comparison and s.comparison.paired for s in summaries):
@@ -162,6 +165,46 @@ def curves(result: AblationResult, summaries: tuple[CellSummary, ...], axis: str
     return _explain(figure, letters, legend_of=panels[0, 0] if many else None, columns=len(titles))
 
 
+def trade_off(result: AblationResult, summaries: tuple[CellSummary, ...], axis: str) -> Figure:
+    """Success and score against diversity, one point per weight of guidance, joined in the order of the weights."""
+    from matplotlib.figure import Figure
+
+    lines = _guided_lines(result, summaries, axis)
+    parts = _guided_parts(result, axis)
+    letters = problem_letters([s.cell for line in lines.values() for s in line])
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, squeeze=False)[0]
+    for i, (label, line) in enumerate(lines.items()):
+        style = {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "ls": LINES[(i // len(COLOURS)) % len(LINES)],
+            "ms": 5,
+            "lw": 1.2,
+        }
+        marked = "".join(sorted({letters[problem] for s in line for problem in s.cell.labels}))
+        label = textwrap.shorten(label, 60, placeholder=" ...") + (f" [{marked}]" if marked else "")
+        x, wide = [s.diversity for s in line], np.array([s.diversity_interval for s in line]).T
+        for panel, what, scale in ((panels[0], "success", 100), (panels[1], "score", 1)):
+            y = scale * np.array([getattr(s, what) for s in line])
+            high = scale * np.array([getattr(s, f"{what}_interval") for s in line]).T
+            panel.vlines(x, *high, color=style["color"], lw=0.9, alpha=0.6)
+            panel.hlines(y, *wide, color=style["color"], lw=0.9, alpha=0.6)
+            panel.plot(x, y, label=label, **style)
+            for s, at_x, at_y in zip(line, x, y, strict=True):
+                said = ", ".join(f"{s.cell.guidance[part]:g}" for part in parts)
+                panel.annotate(
+                    said, (at_x, at_y), (4, 4), textcoords="offset points", fontsize=7.5, color=style["color"]
+                )
+    for panel, what in zip(panels, ("success, % of episodes", "score, largest reward of an episode"), strict=True):
+        panel.set(xlabel="diversity: distance of two chunks, normalised units", ylabel=what)
+        panel.grid(alpha=0.3)
+    figure.suptitle(
+        f"Success against diversity, by weight of guidance ({', '.join(parts)}), 95 % intervals", fontsize=10
+    )
+    return _explain(figure, letters, legend_of=panels[0] if len(lines) > 1 else None, columns=2)
+
+
 def heat_map(result: AblationResult, summaries: tuple[CellSummary, ...]) -> Figure:
     """Figure 3, for two varying axes: success of each combination, the number written in it."""
     from matplotlib.figure import Figure
@@ -271,6 +314,37 @@ def changes_calls(result: AblationResult, axis: str) -> bool:
     """Whether settings that are equal but for this axis always differ in network calls per chunk, and some do exist."""
     lines = [line for line in _grouped(result, axis).values() if len(line) > 1]
     return bool(lines) and all(len({cell.nfe for cell in line}) == len(line) for line in lines)
+
+
+def guided_axes(result: AblationResult) -> list[str]:
+    """Axes along which weights of guidance differ, also inside labelled settings, with diversity known of two points."""
+    return [
+        axis
+        for axis in varying_axes(result)
+        if _guided_parts(result, axis)
+        and any(sum(cell.diversity is not None for cell in line) > 1 for line in _grouped(result, axis).values())
+    ]
+
+
+def _guided_parts(result: AblationResult, axis: str) -> tuple[str, ...]:
+    """Parts whose weight differs between cells that are equal but for this axis."""
+    lines = _grouped(result, axis).values()
+    parts = dict.fromkeys(part for cell in result.cells for part in cell.guidance)
+    return tuple(part for part in parts if any(len({cell.guidance.get(part) for cell in line}) > 1 for line in lines))
+
+
+def _guided_lines(
+    result: AblationResult, summaries: tuple[CellSummary, ...], axis: str
+) -> dict[str, list[CellSummary]]:
+    """What the other axes say -> the cells of known diversity in the order of their weights."""
+    others, parts = [name for name in varying_axes(result) if name != axis], _guided_parts(result, axis)
+    of, lines = {id(s.cell): s for s in summaries}, {}
+    for cells in _grouped(result, axis).values():
+        label = ", ".join(_said(name, cells[0].axes.get(name)) for name in others)
+        known = [cell for cell in cells if cell.diversity is not None and all(part in cell.guidance for part in parts)]
+        known.sort(key=lambda cell: [cell.guidance[part] for part in parts])
+        lines[label] = [of[id(cell)] for cell in known]
+    return {label: line for label, line in lines.items() if line}
 
 
 def problem_letters(cells: Sequence[CellResult]) -> dict[str, str]:
@@ -388,6 +462,18 @@ def _curves_caption(result: AblationResult, axis: str) -> str:
         "a perfect sampler scores by chance." if oracle else ""
     )  # fmt: skip
     return f"Success and score against {against}, with 95 % intervals over start states.{beside}"
+
+
+def _trade_off_caption(result: AblationResult, axis: str) -> str:
+    parts = _guided_parts(result, axis)
+    missing = sum(cell.diversity is None for cell in result.cells)
+    lacking = f" {missing} settings are missing: their diversity is not known." if missing else ""
+    return (
+        "What guidance buys and what it pays: success and score against diversity, the mean distance between two chunks that "
+        "a policy answers to the same start observation, over the executed steps, per step and dimension, in normalised action "
+        f"units. One point per weight of guidance ({', '.join(parts)}), its number beside it, joined in the order of the weights; "
+        f"bars: 95 % intervals over start states. 1 is the policy as trained.{lacking}"
+    )
 
 
 def _write(figure: Figure, stem: Path, caption: str) -> tuple[Path, str]:

@@ -54,7 +54,7 @@ def write_report(result: AblationResult, out: Path) -> Path:
     (out / "results.csv").write_text(_csv(rows), encoding="utf-8")
     _write_parquet(out / "results.parquet", rows)
     _write_parquet(out / "episodes.parquet", episode_rows(result))
-    for stem in ("cells", "curves*", "heat_map", "differences"):  # of an earlier report with other cells
+    for stem in ("cells", "curves*", "diversity*", "heat_map", "differences"):  # of an earlier report with other cells
         for file in (out / "figures").glob(f"{stem}.p[nd][gf]"):
             file.unlink()
     figures = draw_figures(result, summaries, out / "figures")
@@ -215,7 +215,7 @@ def _page(result: AblationResult, summaries: tuple[CellSummary, ...], figures: l
     parts.append(
         "<p class=note>NFE: network calls per chunk, counted. ms per call: median of a batched policy call. "
         "Sampler alone: the exact denoiser of a known problem in place of the network. "
-        f"{_text(_method(summaries))}</p>"
+        f"{_text(_columns(summaries))}{_text(_method(summaries))}</p>"
     )
     headers, rows = difference_table(result, summaries)
     if rows:
@@ -281,12 +281,31 @@ h2,h3{break-after:avoid}tr{break-inside:avoid}thead{display:table-header-group}@
 """
 
 
+def _columns(summaries: tuple[CellSummary, ...]) -> str:
+    """What the columns mean that only some sweeps have."""
+    said = ""
+    if any(s.ignores is not None for s in summaries):
+        said += "Ignores: episodes that fulfilled a goal which the words did not name. "
+    if any(s.diversity is not None for s in summaries):
+        said += (
+            "Diversity: mean distance between two chunks that a policy answers to the same start observation, over the "
+            "executed steps, per step and dimension, in normalised action units (0: it always answers alike). "
+        )
+        if any(s.diversity is None for s in summaries):
+            said += "A dash: not measured (an earlier version played that setting), or a chunk was not finite. "
+    if any(weight != 1 for s in summaries for weight in s.cell.guidance.values()):
+        said += "A guided network call holds one more row for each guided part, so that it costs more, not more NFE. "
+    return said
+
+
 def _method(summaries: tuple[CellSummary, ...]) -> str:
     several = any(len(s.cell.train_seeds) > 1 for s in summaries)
     clustered = ", with the trials discounted for start states that several networks share" if several else ""
+    rates = "success and ignores" if any(s.ignores is not None for s in summaries) else "success"
+    means = "score and diversity" if any(s.diversity is not None for s in summaries) else "score"
     return (
-        f"Intervals are 95 %, for these networks on other start states: success by Wilson{clustered}; score by bootstrap over "
-        "start states."
+        f"Intervals are 95 %, for these networks on other start states: {rates} by Wilson{clustered}; {means} by bootstrap "
+        "over start states."
     )
 
 

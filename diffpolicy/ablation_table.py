@@ -104,6 +104,14 @@ class CellSummary:
     """(S,)"""
     spread: float | None
     """Standard deviation of seed_success between training seeds; None with one of them: unknown."""
+    diversity: float | None
+    """Mean distance between two chunks for the same start observation, normalised action units; None: not known."""
+    diversity_interval: Interval | None
+    """Bootstrap over start states, 95 %, these networks."""
+    ignores: float | None
+    """Share of episodes in which a goal was fulfilled that the words did not name; None: no goals."""
+    ignores_interval: Interval | None
+    """Wilson's, as of success."""
     comparison: Comparison | None
     """None for the baseline."""
 
@@ -143,6 +151,8 @@ def table_rows(result: AblationResult, summaries: tuple[CellSummary, ...]) -> li
             **{f"oracle_{name}": (cell.oracle or {}).get(name) for name in ORACLE_COLUMNS},
             **_with_interval("success", s.success, s.success_interval),
             **_with_interval("score", s.score, s.score_interval),
+            **_with_interval("diversity", s.diversity, s.diversity_interval),
+            **_with_interval("ignores", s.ignores, s.ignores_interval),
             "success_per_train_seed": _per_seed(cell, s.seed_success),
             "score_per_train_seed": _per_seed(cell, s.seed_scores),
             "success_spread": s.spread,
@@ -173,7 +183,7 @@ def table_rows(result: AblationResult, summaries: tuple[CellSummary, ...]) -> li
 
 def episode_rows(result: AblationResult) -> list[dict[str, Any]]:
     """One row per cell x training seed x environment seed: the columns of episodes.parquet."""
-    taken = ("train_seed", "env_seed", "score", "success")
+    taken = ("train_seed", "env_seed", "score", "success", "ignores")
     return [
         {
             "label": cell.label,
@@ -182,6 +192,7 @@ def episode_rows(result: AblationResult) -> list[dict[str, Any]]:
             "env_seed": env_seed,
             "score": float(cell.scores[i, j]),
             "success": bool(cell.successes[i, j]),
+            "ignores": None if cell.ignores is None else bool(cell.ignores[i, j]),
         }
         for cell in result.cells
         for i, train_seed in enumerate(cell.train_seeds)
@@ -215,10 +226,14 @@ def main_table(result: AblationResult, summaries: tuple[CellSummary, ...]) -> tu
     """(headers, rows of text): the sampler alone first, the trained policies second."""
     has_oracle = any(cell.oracle for cell in result.cells)
     has_labels = any(cell.labels for cell in result.cells)
+    has_diversity = any(cell.diversity is not None for cell in result.cells)
+    has_goals = any(cell.ignores is not None for cell in result.cells)
     headers = ["setting"]
     if has_oracle:
         headers += ["sampler alone: energy distance (floor)", "mode weight error", "dispersion ratio"]
-    headers += ["success [95 %]", "score [95 %]", "success per training seed", "episodes", "NFE", "ms per call"]
+    headers += ["success [95 %]", "score [95 %]"]
+    headers += ["ignores [95 %]"] * has_goals + ["diversity [95 %]"] * has_diversity
+    headers += ["success per training seed", "episodes", "NFE", "ms per call"]
     rows = []
     for s in summaries:
         cell, oracle = s.cell, s.cell.oracle or {}
@@ -228,8 +243,10 @@ def main_table(result: AblationResult, summaries: tuple[CellSummary, ...]) -> tu
             row += [_number(oracle.get("energy_distance"), 4) + floor]
             row += [_number(oracle.get("mode_weight_error"), 3), _number(oracle.get("dispersion_ratio"), 2)]
         row += [
-            f"{percent(s.success)} % [{percent(s.success_interval[0])}, {percent(s.success_interval[1])}]",
-            f"{s.score:.3f} [{s.score_interval[0]:.3f}, {s.score_interval[1]:.3f}]",
+            _rate(s.success, s.success_interval),
+            _with_digits(s.score, s.score_interval),
+            *([_rate(s.ignores, s.ignores_interval)] if has_goals else []),
+            *([_with_digits(s.diversity, s.diversity_interval)] if has_diversity else []),
             " / ".join(percent(rate) for rate in s.seed_success),
             f"{len(cell.train_seeds)} x {len(cell.env_seeds)}",
             str(cell.nfe),
@@ -393,6 +410,10 @@ def _summary(cell: CellResult, is_baseline: bool, comparison: Comparison | None)
         seed_success=tuple(by_seed.tolist()),
         seed_scores=tuple(cell.scores.mean(axis=1).tolist()),
         spread=float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
+        diversity=None if cell.diversity is None else float(cell.diversity.mean()),
+        diversity_interval=None if cell.diversity is None else clustered_bootstrap_interval(cell.diversity),
+        ignores=None if cell.ignores is None else float(cell.ignores.mean()),
+        ignores_interval=None if cell.ignores is None else clustered_wilson_interval(cell.ignores),
         comparison=comparison,
     )
 
@@ -409,6 +430,14 @@ def _per_seed(cell: CellResult, values: tuple[float, ...]) -> str:
 def _mean_of_training(cell: CellResult, name: str) -> float | None:
     known = [float(run[name]) for run in cell.train.values() if isinstance(run, dict) and run.get(name) is not None]
     return float(np.mean(known)) if known else None
+
+
+def _rate(value: float | None, interval: Interval | None) -> str:
+    return "-" if value is None else f"{percent(value)} % [{percent(interval[0])}, {percent(interval[1])}]"
+
+
+def _with_digits(value: float | None, interval: Interval | None) -> str:
+    return "-" if value is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def _number(value: float | None, digits: int) -> str:

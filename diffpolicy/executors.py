@@ -14,7 +14,7 @@ import torch
 
 from diffpolicy.encoders.parts import part_of
 from diffpolicy.policies import DiffusionPolicy
-from diffpolicy.spec import TASK
+from diffpolicy.spec import TASK, Observation
 
 
 class RecedingHorizon:
@@ -63,12 +63,16 @@ class RecedingHorizon:
             raise ValueError(f"the policy needs {missing}; the observation holds {sorted(obs)}")
         return [k for k in self.observation_keys if k in obs]
 
-    def _plan_rows(self, obs, generators, lo: int, hi: int, size: int) -> np.ndarray:
-        rows = np.minimum(np.arange(lo, lo + size), hi - 1)  # the last row fills up
-        ready = {k: torch.from_numpy(obs[k][rows]).to(self.policy.device) for k in self._looked_at(obs)}
+    def tensors(self, obs: dict[str, np.ndarray | list[str]], rows: np.ndarray) -> Observation:
+        """Some rows of an observation, as `policy.encode` takes them: on its device, only what it looks at."""
+        ready: Observation = {k: torch.from_numpy(obs[k][rows]).to(self.policy.device) for k in self._looked_at(obs)}
         ready = {k: v.float() if k in self.policy.spec.state_keys else v for k, v in ready.items()}
         if TASK in obs:
             ready[TASK] = [obs[TASK][i] for i in rows]
+        return ready
+
+    def _plan_rows(self, obs, generators, lo: int, hi: int, size: int) -> np.ndarray:
+        ready = self.tensors(obs, np.minimum(np.arange(lo, lo + size), hi - 1))  # the last row fills up
         row_generators = None
         if generators is not None:
             # padding rows draw from generators of their own, so that no environment's stream advances twice

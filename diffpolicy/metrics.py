@@ -286,6 +286,31 @@ def student_quantile(p: float, freedom: float) -> float:
     return math.sqrt(freedom) * math.tan(float(np.interp(p, below / below[-1], angle)))
 
 
+def chunk_diversity(chunks: np.ndarray) -> np.ndarray:
+    """How far apart two chunks lie that a policy might answer to the same observation; 0: it always answers alike.
+
+        diversity = mean over pairs i < j of  |a_i - a_j| / sqrt(T D)
+
+    with a_i one chunk of T steps and D dimensions: per step and dimension, in the unit of the chunks, so that chunks of
+    another length or robot compare. The mean of the distances, not the root of their mean square, is unbiased for any
+    number of chunks: it is E|X - X'| of the energy distance (Szekely & Rizzo 2013, doi:10.1016/j.jspi.2013.03.018).
+    Between two narrow modes a distance L apart with weights p and 1 - p it is 2 p (1 - p) L / sqrt(T D).
+
+    Args:
+        chunks: (..., M, T, D), M >= 2 independent chunks of each observation.
+    Returns:
+        (...), not finite where a chunk is not.
+    Raises:
+        ValueError: fewer than two chunks.
+    """
+    chunks = np.asarray(chunks, dtype=np.float64)
+    if chunks.ndim < 3 or chunks.shape[-3] < 2 or 0 in chunks.shape[-2:]:
+        raise ValueError(f"diversity needs chunks (..., M >= 2, T, D), got shape {chunks.shape}")
+    first, second = np.triu_indices(chunks.shape[-3], k=1)
+    gaps = chunks[..., first, :, :] - chunks[..., second, :, :]  # (..., pairs, T, D)
+    return np.sqrt(np.square(gaps).mean(axis=(-2, -1))).mean(axis=-1)
+
+
 def percentiles(values: np.ndarray, which: tuple[int, ...] = (50, 95, 99)) -> dict[str, float]:
     """{"p50": ..., "p95": ..., "p99": ...} of values (n,)."""
     return {f"p{p}": float(np.percentile(values, p)) for p in which}
