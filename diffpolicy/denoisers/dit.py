@@ -57,7 +57,10 @@ class DitConfig:
     qk_norm: bool = False
     """RMS norm of queries and keys."""
     causal: bool = False
-    """Actions see earlier actions, and tokens of no later frame than themselves; False: every action sees everything."""
+    """Actions see earlier actions, and look at tokens of no later frame than themselves; False: at everything.
+
+    What reaches them as a vector comes from all frames, and in unified tokens of the prefix have seen each other.
+    """
     dropout: float = 0.0
     """On attention weights and on each residual branch, in training."""
 
