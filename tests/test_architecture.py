@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"policies", "foreign", "mixture", "schedule_plots"},
     {"executors"},
     {"rollout", "demos", "oracle", "ablation_report"},
-    {"training", "probes"},
+    {"training", "probes", "diversity"},
     {"probe_table"},
     {"probe_report"},
     {"config"},
