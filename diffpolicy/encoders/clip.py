@@ -2,90 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffpolicy.encoders.clip_config import RESAMPLED, ClipConfig, chosen_layers, crop_size, square_side
 from diffpolicy.encoders.parts import GOAL_PART, STATE_PART, Features, Part, PartsToCondition, part_of
+from diffpolicy.encoders.resampler import AttentionPool, PerceiverResampler
 from diffpolicy.encoders.resnet import crop_frames
 from diffpolicy.encoders.state import concatenate_states, take_observation
-from diffpolicy.spec import GOAL_IMAGE, TASK, Condition, DataSpec, Observation, unknown_name
+from diffpolicy.spec import GOAL_IMAGE, IMAGES, TASK, Condition, DataSpec, Observation, unknown_name
 
-IMAGE_FEATURES = ("pooled", "patch_tokens")
-TEXT_FEATURES = ("none", "pooled", "tokens")
-TUNINGS = ("frozen", "full", "last_n")
 PRETRAINED_LR_SCALE = 0.1
 """Of the policy's learning rate, for towers that begin with weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipConfig:
-    """Choices of ClipEncoder; the defaults learn a tiny CLIP from nothing together with the policy."""
-
-    model: str = "diffpolicy-tiny"
-    """A model of open_clip, `diffpolicy-tiny` or `diffpolicy-small`, `hf-hub:ORG/REPOSITORY`, `local-dir:FOLDER`."""
-    pretrained: str | None = None
-    """A tag of open_clip (fetched when training starts) or a file of weights; None: random, or those of the repository."""
-    image: str = "pooled"
-    """`pooled`: one vector per frame and camera; `patch_tokens`: and the last layer's patches as tokens."""
-    text: str = "pooled"
-    """`pooled`: the instruction as one vector; `tokens`: and each of its words; `none`: the text tower is dropped."""
-    prompt: str = "{}"
-    """What the text tower reads; {} is the instruction, as in `a robot that is told to {}`."""
-    tuning: str = "full"
-    """`frozen`; `full`: the towers learn along; `last_n`: num_tuned_blocks of them do."""
-    text_tuning: str | None = None
-    """The same for the text tower; None: as tuning says."""
-    num_tuned_blocks: int = 2
-    """Blocks at the end of a tower that learn under last_n, with the norm and projection behind them."""
-    lr_scale: float | None = None
-    """Learning rate of tuned towers over train.lr; None: 0.1 where they begin with weights, 1 where they are random."""
-    image_size: int | None = None
-    """Pixels a side that the image tower is built for, its positions interpolated; None: its own."""
-    crop_ratio: float | None = 0.9
-    """Crop's height over frame's height (and width over width); None: no crop."""
-    square_crop: bool = False
-    """Crop a square, which loses what lies at the sides; False: the crop keeps the frame's shape and is squeezed to a square."""
-    token_dim: int = 128
-    """Width that all tokens are brought to."""
-    task_dropout: float = 0.0
-    """Share of training samples whose instruction is hidden behind a learned null: what guidance and wordless runs need."""
-    goal_dropout: float = 0.0
-    """The same for the goal image."""
-    camera_dropout: float = 0.0
-    """The same for each camera by itself, so that the policy can run without it."""
-    state_dropout: float = 0.0
-    """The same for the state: keeps a policy from copying what it feels of itself instead of looking."""
-    architecture: dict[str, Any] | None = None
-    """Leave it null: a checkpoint notes here how its towers are built. Then nothing is looked up and no weights are read."""
-
-    def __post_init__(self):
-        for name, known in (("image", IMAGE_FEATURES), ("text", TEXT_FEATURES), ("tuning", TUNINGS)):
-            if getattr(self, name) not in known:
-                raise unknown_name(f"encoder.{name}", getattr(self, name), known)
-        if self.text_tuning is not None and self.text_tuning not in TUNINGS:
-            raise unknown_name("encoder.text_tuning", self.text_tuning, TUNINGS)
-        if self.prompt.count("{}") != 1:
-            raise ValueError(f"encoder.prompt must hold {{}} once, where the instruction goes, got {self.prompt!r}")
-        for name in ("num_tuned_blocks", "image_size", "token_dim"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"encoder.{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr_scale is not None and self.lr_scale <= 0:
-            raise ValueError(f"encoder.lr_scale must be positive (tuning=frozen keeps weights), got {self.lr_scale}")
-        for name in ("task_dropout", "goal_dropout", "camera_dropout", "state_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"encoder.{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
-            raise ValueError(f"encoder.crop_ratio must be in (0, 1] or null, got {self.crop_ratio}")
-
-    @property
-    def begins_with_weights(self) -> bool:
-        return self.pretrained is not None or self.model.startswith(("hf-hub:", "local-dir:"))
 
 
 class ClipEncoder(nn.Module):
@@ -97,7 +30,8 @@ class ClipEncoder(nn.Module):
                                                                   +- patches (B, T_obs, P, W) per camera, on demand
         task, B strings -> text tower - words (B, E)
 
-    All cameras and the goal image share the image tower. The random crop of training is the same over a sample's frames.
+    All cameras and the goal image share the image tower, unless share_towers is false. The random crop of training is the same
+    over a sample's frames.
     What a training dropout hides (`droppable`) may be missing later: a role that an observation lacks, a task of "".
     """
 
@@ -113,8 +47,8 @@ class ClipEncoder(nn.Module):
                 f"encoder.name=clip has nothing to do with encoder.text=none and no camera among {sorted(spec.fields)}; "
                 "use encoder.name=state"
             )
-        if not self.picture_keys and config.image == "patch_tokens":
-            raise ValueError(f"encoder.image=patch_tokens needs a camera, the data has only {sorted(spec.fields)}")
+        if not self.picture_keys and config.wants_patches:
+            raise ValueError(f"encoder.image={config.image} needs a camera, the data has only {sorted(spec.fields)}")
         self.config, self.spec, self.obs_horizon = config, spec, obs_horizon
         self._embed_image, self._embed_text = clip_towers.embed_image, clip_towers.embed_text
         towers = clip_towers.build_towers(
@@ -126,30 +60,52 @@ class ClipEncoder(nn.Module):
             architecture=config.architecture,
         )
         self.image_tower, self.text_tower, self.architecture = towers.image, towers.text, towers.architecture
-        self._tunings = {"image_tower": config.tuning, "text_tower": config.text_tuning or config.tuning}
-        self._frozen: list[str] = []
-        for name, tuning in self._tunings.items():
-            if getattr(self, name) is not None:
-                frozen = clip_towers.freeze(getattr(self, name), tuning, config.num_tuned_blocks)
-                self._frozen += [f"{name}.{part}".rstrip(".") for part in frozen]
-        if self._frozen and not config.begins_with_weights and config.architecture is None:
-            warnings.warn(
-                f"encoder.model={config.model!r} keeps random weights in {self._frozen[0]}; set encoder.pretrained, "
-                "or encoder.tuning=full to learn them",
-                stacklevel=2,
+        is_new = config.architecture is None  # a loaded policy has said it when it was trained
+        self._tunings = {"image": config.tuning, "text": config.text_tuning or config.tuning}
+        self.image_towers = nn.ModuleDict()
+        if not config.share_towers and self._tunings["image"] != "frozen" and len(self.picture_keys) > 1:
+            self.image_towers.update({tower_name(key): copy.deepcopy(towers.image) for key in self.picture_keys})
+            self.image_tower = None
+        elif not config.share_towers and is_new:
+            why = (
+                "a frozen tower stays the same for all"
+                if len(self.picture_keys) > 1
+                else "there is one picture at most"
             )
+            warnings.warn(f"encoder.share_towers=false is ignored: {why}", stacklevel=2)
+        self._frozen = self._prepare_towers()
+        if is_new:
+            for name, why in config.ignored().items():
+                warnings.warn(f"encoder.{name}={getattr(config, name)} is ignored with {why}", stacklevel=2)
+            keeping = [*self._frozen, *(name for name in self.towers() if "lora" in self._tuning(name))]
+            if keeping and not config.begins_with_weights:
+                warnings.warn(
+                    f"encoder.model={config.model!r} keeps random weights in {keeping[0]}; set encoder.pretrained, "
+                    "or encoder.tuning=full to learn them",
+                    stacklevel=2,
+                )
 
         embed_dim = self.architecture["model"]["embed_dim"]
-        num_image_tokens, image_dim = 1, embed_dim
-        if self.image_tower is not None:
-            self.image_size = square_side(self.image_tower.image_size, config.model)
+        num_image_tokens, image_dim, self.resampler = 1, embed_dim, None
+        if towers.image is not None:
+            self.image_size = square_side(towers.image.image_size, config.model)
             self.crop_sizes = {key: crop_size(config, key, spec.fields[key].shape) for key in self.picture_keys}
-            if config.image == "patch_tokens":
-                num_image_tokens, image_dim = clip_towers.patch_grid(self.image_tower, config.model)
+            if config.wants_patches:
+                num_image_tokens, image_dim = clip_towers.patch_grid(towers.image, config.model, wanted=config.image)
+                self.image_layers = chosen_layers(config, clip_towers.num_layers(towers.image))
+                image_dim *= len(self.image_layers)
+            if config.image in RESAMPLED:
+                sizes = {"num_tokens": config.num_image_tokens, "dim": config.token_dim}
+                if config.image == "attention_pool":
+                    self.resampler = AttentionPool(image_dim, **sizes)
+                else:
+                    self.resampler = PerceiverResampler(image_dim, depth=config.resampler_depth, **sizes)
+                num_image_tokens, image_dim = config.num_image_tokens, config.token_dim
         if self.text_tower is not None:
             text = self.architecture["model"]["text_cfg"]
             choices = text.get("tokenizer_kwargs") or {}
-            self.tokenizer = clip_towers.Tokenizer(self.text_tower.context_length, **choices)
+            length = self.text_tower.context_length
+            self.tokenizer = clip_towers.Tokenizer(length, too_long=config.text_too_long, **choices)
             self._embedded: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
             self._embedded_by: tuple = ()
 
@@ -186,6 +142,36 @@ class ClipEncoder(nn.Module):
         self.assemble = PartsToCondition(parts, token_dim=config.token_dim)
         self.cond = self.assemble.cond
 
+    def towers(self) -> dict[str, nn.Module]:
+        """Name of the attribute -> tower, for all that there are."""
+        towers = {"image_tower": self.image_tower, "text_tower": self.text_tower}
+        towers |= {f"image_towers.{name}": tower for name, tower in self.image_towers.items()}
+        return {name: tower for name, tower in towers.items() if tower is not None}
+
+    def _tuning(self, tower: str) -> str:
+        return self._tunings[tower.partition("_")[0]]
+
+    def _prepare_towers(self) -> list[str]:
+        """Freezes, adapts and checkpoints the towers as configured; the names of what must stay in eval mode."""
+        from diffpolicy.encoders import clip_towers, lora
+
+        config, frozen = self.config, []
+        for name, tower in self.towers().items():
+            if self._tuning(name) == "lora":
+                lora.add_adapters(
+                    tower,
+                    rank=config.lora_rank,
+                    alpha=config.lora_alpha,
+                    dropout=config.lora_dropout,
+                    targets=config.lora_targets,
+                )
+            else:
+                parts = clip_towers.freeze(tower, self._tuning(name), config.num_tuned_blocks)
+                frozen += [f"{name}.{part}".rstrip(".") for part in parts]
+            if config.gradient_checkpointing and self._tuning(name) != "frozen":
+                clip_towers.checkpoint_gradients(tower)
+        return frozen
+
     @property
     def droppable(self) -> frozenset[str]:
         """Parts that may be missing, as training hid them now and then: `state`, camera roles, `goal`, `task`."""
@@ -200,11 +186,12 @@ class ClipEncoder(nn.Module):
 
     def lr_scales(self) -> dict[str, float]:
         """Names of the towers' parameters that learn -> their learning rate over the policy's."""
-        scale = self.config.lr_scale
-        if scale is None:
-            scale = PRETRAINED_LR_SCALE if self.config.begins_with_weights else 1.0
-        towers = ("image_tower.", "text_tower.")
-        return {name: scale for name, p in self.named_parameters() if p.requires_grad and name.startswith(towers)}
+        scales = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and name.startswith(tuple(f"{tower}." for tower in self.towers())):
+                began = self.config.begins_with_weights and ".lora_" not in name
+                scales[name] = self.config.lr_scale or (PRETRAINED_LR_SCALE if began else 1.0)
+        return scales
 
     def forward(self, obs: Observation, *, drop: Collection[str] = (), without: Collection[str] = ()) -> Condition:
         """Condition of observations role -> (B, T_obs, ...): states normalised, images uint8; task -> B strings.
@@ -233,19 +220,33 @@ class ClipEncoder(nn.Module):
         return self.assemble(features, batch_size=batch_size, like=like, without=without)
 
     def embed_images(self, obs: Observation, keys: Sequence[str]) -> dict[str, Features]:
-        """Cameras and goal image through the one tower, in one pass."""
+        """Cameras and goal image through the tower they share in one pass, or each through its own."""
         pixels = [self.pixels(obs, key) for key in keys]  # (B*T_obs, 3, S, S) each; of a goal image (B, 3, S, S)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._tunings["image_tower"] != "frozen"):
-            pooled, patches = self._embed_image(
-                self.image_tower, torch.cat(pixels), patches=self.config.image == "patch_tokens"
+        if self.image_tower is not None:
+            sizes = [len(p) for p in pixels]
+            pooled, patches = self.look(self.image_tower, torch.cat(pixels))
+            seen = zip(
+                pooled.split(sizes), [None] * len(keys) if patches is None else patches.split(sizes), strict=True
             )
-        sizes = [len(p) for p in pixels]
-        tokens = pooled.unsqueeze(1) if patches is None else patches  # (N, P or 1, W)
-        found = {}
-        for key, vector, token in zip(keys, pooled.split(sizes), tokens.split(sizes), strict=True):
-            frames = self.num_frames(key)
-            found[key] = Features(vector.unflatten(0, (-1, frames)), token.unflatten(0, (-1, frames)))
-        return found
+        else:
+            seen = [self.look(self.image_towers[tower_name(key)], p) for key, p in zip(keys, pixels, strict=True)]
+        return {key: self.image_features(key, *found) for key, found in zip(keys, seen, strict=True)}
+
+    def look(self, tower: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a tower says of pictures (N, 3, S, S): pooled (N, E), and patches (N, P, W) of the layers that are looked at."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._tunings["image"] != "frozen"):
+            if not self.config.wants_patches:
+                return self._embed_image(tower, pixels, patches=False)
+            return self._embed_image(tower, pixels, patches=True, layers=self.image_layers)
+
+    def image_features(self, key: str, pooled: Tensor, patches: Tensor | None) -> Features:
+        """What `look` found in B * num_frames pictures of a role, resampled where configured."""
+        if patches is None:
+            tokens = pooled.unsqueeze(1)
+        else:
+            tokens = patches if self.resampler is None else self.resampler(patches)
+        frames = self.num_frames(key)
+        return Features(pooled.unflatten(0, (-1, frames)), tokens.unflatten(0, (-1, frames)))
 
     def num_frames(self, key: str) -> int:
         """T_obs of a camera, 1 of the goal image."""
@@ -271,7 +272,8 @@ class ClipEncoder(nn.Module):
             x = F.interpolate(x, size=self.image_size, mode=preprocess["interpolation"], antialias=True)
             x = x.clamp(0, 255).round()  # bicubic overshoots; what the tower was trained on was rounded
         mean, std = (x.new_tensor(preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
-        return ((x / 255 - mean) / std).to(next(self.image_tower.parameters()).dtype)
+        tower = self.image_tower or self.image_towers[tower_name(key)]
+        return ((x / 255 - mean) / std).to(next(tower.parameters()).dtype)
 
     def embed_tasks(self, obs: Observation, *, batch_size: int, like: Tensor) -> Features | None:
         """The instructions, None where nothing is said; each distinct one is embedded once.
@@ -287,7 +289,7 @@ class ClipEncoder(nn.Module):
             return None
         distinct = {task: i for i, task in enumerate(dict.fromkeys(said))}
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.text_tower.parameters())
-        if learns or (self.training and self._tunings["text_tower"] != "frozen"):
+        if learns or (self.training and self._tunings["text"] != "frozen"):
             ids = torch.stack([self.tokenizer(self.config.prompt.replace("{}", task)) for task in distinct])
             embedded = self.read(ids.to(like.device))
         else:
@@ -346,18 +348,6 @@ def check_tasks(tasks: object, batch_size: int, *, may_be_empty: bool = False) -
     return [task if task and task.strip() else "" for task in tasks]
 
 
-def square_side(size: int | tuple[int, int], model: str) -> int:
-    """Pixels a side that an image tower takes; ValueError where they differ."""
-    height, width = (size, size) if isinstance(size, int) else size
-    if height != width:
-        raise ValueError(f"encoder.model={model!r} must see square pictures, its size is {(height, width)}")
-    return height
-
-
-def crop_size(config: ClipConfig, key: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(h, w) in pixels that a camera of this shape is cropped to; ValueError where it is no colour image."""
-    if len(shape) != 3 or shape[2] != 3:
-        raise ValueError(f"{key} must be (H, W, 3) in the data's spec, got {shape}")
-    height, width = (min(shape[:2]),) * 2 if config.square_crop else shape[:2]
-    ratio = config.crop_ratio or 1.0
-    return max(1, round(height * ratio)), max(1, round(width * ratio))
+def tower_name(key: str) -> str:
+    """What the tower of a camera, or of the goal image, is called where each has its own: state-dict names hold no dots."""
+    return "goal_image" if key == GOAL_IMAGE else key.removeprefix(IMAGES).replace(".", "_")

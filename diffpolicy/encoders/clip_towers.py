@@ -144,8 +144,11 @@ def checkpoint_gradients(tower: nn.Module) -> None:
         ) from error
 
 
-def patch_grid(tower: nn.Module, model: str) -> tuple[int, int]:
+def patch_grid(tower: nn.Module, model: str, *, wanted: str = "patch_tokens") -> tuple[int, int]:
     """(number of patches, numbers in each) of an image tower.
+
+    Args:
+        wanted: encoder.image, for the error.
 
     Raises:
         ValueError: the tower does not see its picture as patches.
@@ -156,7 +159,7 @@ def patch_grid(tower: nn.Module, model: str) -> tuple[int, int]:
     if hasattr(trunk, "patch_embed") and hasattr(trunk, "embed_dim") and hasattr(trunk, "blocks"):
         return trunk.patch_embed.num_patches, trunk.embed_dim
     raise ValueError(
-        f"encoder.image=patch_tokens needs a ViT, the image tower of {model!r} is a {type(tower).__name__} without patches; "
+        f"encoder.image={wanted} needs a ViT, the image tower of {model!r} is a {type(tower).__name__} without patches; "
         "use encoder.image=pooled"
     )
 
