@@ -197,18 +197,19 @@ def probe_table(probes: Probes, title: str) -> Table:
     """One row per probe, those that were left out among them."""
     table = Table(title=title, title_justify="left")
     table.add_column("probe", no_wrap=True)
-    for header in ("n", "follows", "ignores", "other", "score", "ignored", "best other"):
-        table.add_column(header, justify="right")
+    for header in ("n", "follows", "ignores", "other", "score", "best other"):
+        table.add_column(header, justify="right", min_width=12 if header == "score" else None)
     for s in summarise(probes):
         cut = s["n"] < s["planned"]
         table.add_row(
             s["probe"],
             f"{s['n']} of {s['planned']}, biased" if cut else str(s["n"]),
             *(_rate(s[key]) for key in ("follows", "ignores", "other")),
-            *(_score(s[key]) for key in ("score", "ignored_score", "other_score")),
+            _score(s["score"]),
+            _mean_only(s["other_score"]),
         )
     for name in probes.left_out:
-        table.add_row(name, *["-"] * 7, style="dim")
+        table.add_row(name, *["-"] * 6, style="dim")
     return table
 
 
@@ -227,9 +228,9 @@ def goal_table(probes: Probes) -> Table | None:
     table.add_column("score when not named", justify="right")
     for line in lines:
         cells = [
-            (str(line[n]["success"]["trials"]), _rate(line[n]["success"]), _score(line[n]["score"])) for n in names
+            (str(line[n]["success"]["trials"]), _rate(line[n]["success"]), _mean_only(line[n]["score"])) for n in names
         ]
-        table.add_row(line["goal"], *(c for group in cells for c in group), _score(line["score_when_not_named"]))
+        table.add_row(line["goal"], *(c for group in cells for c in group), _mean_only(line["score_when_not_named"]))
     return table
 
 
@@ -237,9 +238,9 @@ def explanation(probes: Probes) -> list[str]:
     """What stands under the table: the columns, the rows, what was left out, what the numbers say."""
     lines = [
         "follows: reached the goal that the words name. ignores: reached the one that the seed asks without swap, though the "
-        "words name another. other: reached a third goal of the scene. Rates with Wilson, scores with bootstrap 95 % intervals.",
-        "score, ignored: mean of an episode's largest reward at these goals. best other: at the unnamed goal where it is "
-        "largest, so well above 0 by chance where there are many. Goals fulfilled from the start do not count.",
+        "words name another. other: reached any further goal of the scene. Rates with Wilson, scores with bootstrap 95 % intervals.",
+        "score: mean of an episode's largest reward at the named goal. best other: at the unnamed goal where it is largest, so "
+        "well above 0 by chance where there are many. Goals fulfilled from the start do not count.",
     ]
     lines += [f"{row.name}: {PROBES[row.name].about}{f' - {row.how}' if row.how else ''}" for row in probes.rows]
     lines += [f"{name}: {why}" for name, why in probes.left_out.items()]
@@ -274,6 +275,10 @@ def _rate(value: dict | None) -> str:
         return "-"
     low, high = value["interval_95"]
     return f"{value['rate']:.0%} ({100 * low:.0f}..{100 * high:.0f})"
+
+
+def _mean_only(value: dict | None) -> str:
+    return "-" if value is None else f"{value['mean']:.2f}"
 
 
 def _score(value: dict | None) -> str:
