@@ -28,9 +28,11 @@ ZONE_RADIUS = 60.0
 EDGE_REACH = 90.0
 EDGE_TARGET = RAIL_INSET + 35.0
 """How far from the edge a block is meant to come to rest."""
-CORNER = 160.0
+CORNER, CORNER_MARGIN = 160.0, 10.0
 BESIDE_DISTANCE, BESIDE_RADIUS = 90.0, 36.0
 MOVED = 30.0
+MIN_WAY = 40.0
+"""Least way of an asked block to where its goal begins, px."""
 TOLERANCE = 10.0
 """By how much a push may miss its line without reaching another goal than the asked one, px."""
 
@@ -148,7 +150,7 @@ def targets(block_xy: np.ndarray, zone_xy: np.ndarray) -> np.ndarray:
         block_xy, zone_xy: centres of all blocks and zones, (4, 2) each.
     """
     discs = _centres(block_xy, zone_xy)
-    x, y = np.clip(block_xy, CORNER + 10, TABLE - CORNER - 10).T  # (4,) each
+    x, y = np.clip(block_xy, CORNER + CORNER_MARGIN, TABLE - CORNER - CORNER_MARGIN).T  # (4,) each
     near, far = np.full_like(x, EDGE_TARGET), np.full_like(x, TABLE - EDGE_TARGET)
     edges = np.stack([np.stack(p, axis=-1) for p in ((near, y), (far, y), (x, near), (x, far))], axis=1)  # (4, 4, 2)
     return np.concatenate([discs[:, : len(ZONES)], edges, discs[:, len(ZONES) :]], axis=1)
@@ -161,18 +163,22 @@ def shortfalls(points: np.ndarray, block_xy: np.ndarray, zone_xy: np.ndarray) ->
     """
     away = np.linalg.norm(points[:, :, None] - _centres(block_xy, zone_xy)[:, None], axis=-1)  # (4, n, 16)
     discs = np.maximum(away - _RADII, 0.0)
-    x, y = points[..., 0], points[..., 1]
-    to_edge = np.stack([x, TABLE - x, y, TABLE - y], axis=-1)  # (4, n, 4)
-    too_far = np.maximum(to_edge - EDGE_REACH, 0.0)
-    in_corner = np.maximum(CORNER - np.minimum(to_edge[..., 0::2], to_edge[..., 1::2]), 0.0)  # along x and y
-    edges = np.hypot(too_far, in_corner[..., [1, 1, 0, 0]])  # at the left edge, y tells whether it is a corner
+    edges = np.hypot(*_edge_gaps(points))
     return np.concatenate([discs[..., : len(ZONES)], edges, discs[..., len(ZONES) :]], axis=-1)
+
+
+def _edge_gaps(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far points (4, n, 2) are from the reach of each edge, and how deep in its corners: (4, n, 4 edges), px, from 0."""
+    x, y = points[..., 0], points[..., 1]
+    to_edge = np.stack([x, TABLE - x, y, TABLE - y], axis=-1)
+    in_corner = np.maximum(CORNER - np.minimum(to_edge[..., 0::2], to_edge[..., 1::2]), 0.0)  # along x, along y
+    return np.maximum(to_edge - EDGE_REACH, 0.0), in_corner[..., [1, 1, 0, 0]]  # at the left edge, y tells of corners
 
 
 def goals_without_obstacle(block_xy: np.ndarray, zone_xy: np.ndarray, *, behind: float, reach: float) -> np.ndarray:
     """Which goals a straight push from these starts reaches: (80,) bool, in the order of GOALS.
 
-    Asked for are a way of at least 40 px, room for block and pusher beside the others, and that the block reaches no
+    Asked for are a way of at least MIN_WAY, room for block and pusher beside the others, and that the block reaches no
     other of its goals where it arrives.
 
     Args:
@@ -194,13 +200,14 @@ def goals_without_obstacle(block_xy: np.ndarray, zone_xy: np.ndarray, *, behind:
     free = (((beside_way >= 1.75 * reach) & (beside_hand >= behind)) | own).all(-1)  # (4, 20)
     on_table = ((hand > 20) & (hand < TABLE - 20)).all(-1)
 
-    fractions = np.linspace(0.0, 1.0, 32)[:, None]
-    points = starts[:, :, None] + fractions * way[:, :, None]  # (4, 20, 32, 2)
-    missing = shortfalls(points.reshape(len(BLOCKS), -1, 2), block_xy, zone_xy).reshape(*points.shape[:3], -1)
-    mine = np.eye(missing.shape[-1], dtype=bool)[None, :, None]
-    inside = ((missing <= 0) & mine).any(-1)  # (4, 20 ways, 32 points)
-    inside &= (fractions * length[:, :, None])[..., 0] >= MOVED
-    there = np.arange(len(fractions)) == inside.argmax(-1)[..., None]  # the first point at the goal
-    also = ((missing <= TOLERANCE).sum(-1) > 1) & there
-    far_enough = missing[:, :, 0].diagonal(axis1=1, axis2=2) >= 40.0
-    return (free & on_table & inside.any(-1) & ~also.any(-1) & far_enough).reshape(-1)
+    # Where the block first is at its goal: a disc's rim on the way to its centre, or the edge's reach and no corner.
+    missing = shortfalls(block_xy[:, None], block_xy, zone_xy)[:, 0]  # (4, 20)
+    share = 1.0 - np.insert(_RADII, [len(ZONES)] * len(EDGES), 0.0) / length[..., 0]
+    too_far, in_corner = (gap[:, 0] for gap in _edge_gaps(block_xy[:, None]))  # (4 blocks, 4 edges) each
+    beyond = EDGE_REACH - EDGE_TARGET
+    share[:, len(ZONES) : len(ZONES) + len(EDGES)] = np.maximum(
+        too_far / (too_far + beyond), in_corner / (in_corner + CORNER_MARGIN)
+    )
+    arrivals = starts + share[..., None] * way  # (4, 20, 2)
+    alone = (shortfalls(arrivals, block_xy, zone_xy) <= TOLERANCE).sum(-1) == 1  # its own
+    return (free & on_table & alone & (missing >= MIN_WAY)).reshape(-1)

@@ -261,9 +261,7 @@ class TabletopLanguageEnv(LanguageEnv):
         for _ in range(MAX_SCENES):
             zones = corners[rng.permutation(len(ZONES))] + rng.uniform(-ZONE_SHIFT, ZONE_SHIFT, (len(ZONES), 2))
             blocks = rng.uniform(BLOCK_INSET, TABLE - BLOCK_INSET, (len(BLOCKS), 2))
-            gaps = np.linalg.norm(blocks[:, None] - blocks, axis=-1) + TABLE * np.eye(len(BLOCKS))
-            to_zones = np.linalg.norm(blocks[:, None] - zones, axis=-1)
-            if gaps.min() < BLOCK_GAP or to_zones.min() < ZONE_RADIUS + BLOCK_REACH:
+            if not _apart(blocks, zones):
                 continue
             allowed = goals_without_obstacle(blocks, zones, behind=CLEARANCE, reach=BLOCK_REACH)
             num_held_out = int(allowed[_IS_HELD_OUT].sum())
@@ -359,6 +357,15 @@ class TabletopLanguageEnv(LanguageEnv):
 
 
 _IS_HELD_OUT = np.array([goal.is_held_out for goal in GOALS])  # (80,)
+
+
+def _apart(blocks: np.ndarray, zones: np.ndarray) -> bool:
+    """Whether blocks (4, 2) lie apart from each other and outside all zones (4, 2)."""
+    points = blocks.tolist()
+    pairs = ((p, q) for i, p in enumerate(points) for q in points[:i])
+    if any(math.dist(p, q) < BLOCK_GAP for p, q in pairs):
+        return False
+    return all(math.dist(p, z) >= ZONE_RADIUS + BLOCK_REACH for z in zones.tolist() for p in points)
 
 
 def _draw_by_kind(rng: np.random.Generator, among: list[int]) -> int:
