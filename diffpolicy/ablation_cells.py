@@ -48,7 +48,7 @@ class CellResult:
     ignores: np.ndarray | None = None
     """(S, E) bool, whether a goal was fulfilled that the words did not name; None where the environment has no goals."""
     guidance: dict[str, float] = field(default_factory=dict)
-    """Part of the observation -> its weight of classifier-free guidance; 1 where it is as trained."""
+    """Part of the observation -> its weight of classifier-free guidance; one that is not named has 1, as trained."""
     train: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Training seed -> minutes, steps, val_action_mse, run folder; whatever is known."""
 

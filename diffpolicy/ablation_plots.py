@@ -6,16 +6,27 @@ every figure reads in grey. A setting with known problems carries a letter, expl
 
 from __future__ import annotations
 
-import re
 import textwrap
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffpolicy.ablation_axes import (
+    changes_calls,
+    curve_axes,
+    grid_shape,
+    guided_axes,
+    guided_lines,
+    guided_parts,
+    lines_along,
+    place_of,
+    problem_letters,
+    values_of,
+    varying_axes,
+)
 from diffpolicy.ablation_cells import AblationResult, AxisValue, CellResult
-from diffpolicy.ablation_table import CellSummary, axis_names, p_value, percent
+from diffpolicy.ablation_table import CellSummary, p_value, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +58,7 @@ def draw_figures(result: AblationResult, summaries: tuple[CellSummary, ...], fol
         for number, axis in enumerate(guided_axes(result)):
             name = "diversity" if number == 0 else f"diversity_{number + 1}"
             drawn.append(_write(trade_off(result, summaries, axis), folder / name, _trade_off_caption(result, axis)))
-        if len(varying := varying_axes(result)) == 2 and max(_grid_shape(result, varying)) > 1:
+        if len(varying := varying_axes(result)) == 2 and max(grid_shape(result, varying)) > 1:
             drawn.append(_write(heat_map(result, summaries), folder / "heat_map", HEAT_CAPTION))
         if any(s.comparison and s.comparison.paired for s in summaries):
             drawn.append(_write(differences(result, summaries), folder / "differences", DIFFERENCES_CAPTION))
@@ -107,14 +118,14 @@ def curves(result: AblationResult, summaries: tuple[CellSummary, ...], axis: str
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    lines = _lines(result, summaries, axis)
+    lines = lines_along(result, summaries, axis)
     against_calls = changes_calls(result, axis)
     has_oracle = any(s.cell.oracle and "energy_distance" in s.cell.oracle for s in summaries)
     titles = ["success, % of episodes", "score"] + (["sampler alone: energy distance"] if has_oracle else [])
     many = len(lines) > 1
     figure = Figure(figsize=(0.4 + 3.5 * len(titles), 3.4), layout="constrained")
     panels = figure.subplots(1, len(titles), squeeze=False)
-    xs = np.array([_place(s.cell, axis, against_calls) for line in lines.values() for s in line])
+    xs = np.array([place_of(s.cell, axis, against_calls) for line in lines.values() for s in line])
     logarithmic = xs.min() > 0 and xs.max() / xs.min() >= 6
     letters = problem_letters([s.cell for s in summaries])
     for i, (label, line) in enumerate(lines.items()):
@@ -125,7 +136,7 @@ def curves(result: AblationResult, summaries: tuple[CellSummary, ...], axis: str
             "ms": 5,
             "lw": 1.4,
         }
-        x = _beside(np.array([_place(s.cell, axis, against_calls) for s in line]), i, len(lines), xs, logarithmic)
+        x = _beside(np.array([place_of(s.cell, axis, against_calls) for s in line]), i, len(lines), xs, logarithmic)
         # a line's letters are those of any of its cells
         marked = "".join(sorted({letters[problem] for s in line for problem in s.cell.labels}))
         label = textwrap.shorten(label, 60, placeholder=" ...") + (f" [{marked}]" if marked else "")
@@ -169,8 +180,8 @@ def trade_off(result: AblationResult, summaries: tuple[CellSummary, ...], axis: 
     """Success and score against diversity, one point per weight of guidance, joined in the order of the weights."""
     from matplotlib.figure import Figure
 
-    lines = _guided_lines(result, summaries, axis)
-    parts = _guided_parts(result, axis)
+    lines = guided_lines(result, summaries, axis)
+    parts = guided_parts(result, axis)
     letters = problem_letters([s.cell for line in lines.values() for s in line])
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, squeeze=False)[0]
@@ -192,7 +203,7 @@ def trade_off(result: AblationResult, summaries: tuple[CellSummary, ...], axis: 
             panel.hlines(y, *wide, color=style["color"], lw=0.9, alpha=0.6)
             panel.plot(x, y, label=label, **style)
             for s, at_x, at_y in zip(line, x, y, strict=True):
-                said = ", ".join(f"{s.cell.guidance[part]:g}" for part in parts)
+                said = ", ".join(f"{s.cell.guidance.get(part, 1.0):g}" for part in parts)
                 panel.annotate(
                     said, (at_x, at_y), (4, 4), textcoords="offset points", fontsize=7.5, color=style["color"]
                 )
@@ -211,7 +222,7 @@ def heat_map(result: AblationResult, summaries: tuple[CellSummary, ...]) -> Figu
     from matplotlib.patches import Rectangle
 
     down, across = varying_axes(result)
-    rows, columns = _values(result, down), _values(result, across)
+    rows, columns = values_of(result, down), values_of(result, across)
     letters = problem_letters([s.cell for s in summaries])
     grid = np.full((len(rows), len(columns)), np.nan)
     figure = Figure(figsize=(2.6 + 1.05 * len(columns), 1.7 + 0.55 * len(rows)), layout="constrained")
@@ -290,102 +301,6 @@ def _difference(panel: Axes, y: float, scale: float, value, interval, anew, verd
     panel.text(1.01, y, said, transform=panel.get_yaxis_transform(), va="center", fontsize=8)
 
 
-def varying_axes(result: AblationResult) -> list[str]:
-    """Axes with more than one value among the finished cells."""
-    return [axis for axis in axis_names(result) if len(_values(result, axis)) > 1]
-
-
-def curve_axes(result: AblationResult) -> list[str]:
-    """Axes worth a curve: numbers, or names with a number in each ("4 calls") that differ in network calls.
-
-    Names without one (ddim, heun) are no points of a line, though they may differ in calls.
-    """
-    worth = []
-    for axis in varying_axes(result):
-        values = _values(result, axis)
-        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        numbered = all(re.search(r"\d", str(value)) for value in values) and changes_calls(result, axis)
-        if (numeric or numbered) and any(len(line) > 1 for line in _grouped(result, axis).values()):
-            worth.append(axis)
-    return worth
-
-
-def changes_calls(result: AblationResult, axis: str) -> bool:
-    """Whether settings that are equal but for this axis always differ in network calls per chunk, and some do exist."""
-    lines = [line for line in _grouped(result, axis).values() if len(line) > 1]
-    return bool(lines) and all(len({cell.nfe for cell in line}) == len(line) for line in lines)
-
-
-def guided_axes(result: AblationResult) -> list[str]:
-    """Axes along which weights of guidance differ, also inside labelled settings, with diversity known of two points."""
-    return [
-        axis
-        for axis in varying_axes(result)
-        if _guided_parts(result, axis)
-        and any(sum(cell.diversity is not None for cell in line) > 1 for line in _grouped(result, axis).values())
-    ]
-
-
-def _guided_parts(result: AblationResult, axis: str) -> tuple[str, ...]:
-    """Parts whose weight differs between cells that are equal but for this axis."""
-    lines = _grouped(result, axis).values()
-    parts = dict.fromkeys(part for cell in result.cells for part in cell.guidance)
-    return tuple(part for part in parts if any(len({cell.guidance.get(part) for cell in line}) > 1 for line in lines))
-
-
-def _guided_lines(
-    result: AblationResult, summaries: tuple[CellSummary, ...], axis: str
-) -> dict[str, list[CellSummary]]:
-    """What the other axes say -> the cells of known diversity in the order of their weights."""
-    others, parts = [name for name in varying_axes(result) if name != axis], _guided_parts(result, axis)
-    of, lines = {id(s.cell): s for s in summaries}, {}
-    for cells in _grouped(result, axis).values():
-        label = ", ".join(_said(name, cells[0].axes.get(name)) for name in others)
-        known = [cell for cell in cells if cell.diversity is not None and all(part in cell.guidance for part in parts)]
-        known.sort(key=lambda cell: [cell.guidance[part] for part in parts])
-        lines[label] = [of[id(cell)] for cell in known]
-    return {label: line for label, line in lines.items() if line}
-
-
-def problem_letters(cells: Sequence[CellResult]) -> dict[str, str]:
-    """Known problem -> the letter that stands for it in a figure: a .. z, then aa, ab, ..."""
-    problems = list(dict.fromkeys(problem for cell in cells for problem in cell.labels))
-    alphabet = "abcdefghijklmnopqrstuvwxyz"
-    letter: Callable[[int], str] = lambda i: alphabet[i] if i < 26 else alphabet[i // 26 - 1] + alphabet[i % 26]
-    return {problem: letter(i) for i, problem in enumerate(problems)}
-
-
-def _grouped(result: AblationResult, axis: str) -> dict[tuple, list[CellResult]]:
-    """Cells that are equal but for one axis, by the values of the others."""
-    others = [name for name in varying_axes(result) if name != axis]
-    lines: dict[tuple, list[CellResult]] = {}
-    for cell in result.cells:
-        lines.setdefault(tuple(_key(cell.axes.get(name)) for name in others), []).append(cell)
-    return lines
-
-
-def _lines(result: AblationResult, summaries: tuple[CellSummary, ...], axis: str) -> dict[str, list[CellSummary]]:
-    """What the other axes say -> the cells of that line from left to right."""
-    others = [name for name in varying_axes(result) if name != axis]
-    of = {id(s.cell): s for s in summaries}
-    against_calls = changes_calls(result, axis)
-    lines = {}
-    for cells in _grouped(result, axis).values():
-        label = ", ".join(_said(name, cells[0].axes.get(name)) for name in others)
-        placed = [cell for cell in cells if against_calls or cell.axes.get(axis) is not None]
-        lines[label] = [of[id(cell)] for cell in sorted(placed, key=lambda cell: _place(cell, axis, against_calls))]
-    return {label: line for label, line in lines.items() if line}
-
-
-def _said(axis: str, value: AxisValue) -> str:
-    """A word speaks for itself; a number or a truth value needs the axis's name."""
-    return value if isinstance(value, str) else f"{axis.rpartition('.')[2]} {value}"
-
-
-def _place(cell: CellResult, axis: str, against_calls: bool) -> float:
-    return float(cell.nfe if against_calls else cell.axes[axis])
-
-
 def _beside(x: np.ndarray, line: int, num_lines: int, xs: np.ndarray, logarithmic: bool) -> np.ndarray:
     """Lines a little beside each other, so that their intervals can be told apart."""
     places = np.unique(np.log(xs) if logarithmic else xs)
@@ -394,23 +309,6 @@ def _beside(x: np.ndarray, line: int, num_lines: int, xs: np.ndarray, logarithmi
     )  # together never more than a fifth of the way to the next place
     shift = (line - (num_lines - 1) / 2) / num_lines * min(0.2 * gap, 0.06 * float(np.ptp(places)))
     return x * np.exp(shift) if logarithmic else x + shift
-
-
-def _key(value: AxisValue) -> tuple[str, str]:
-    """True and 1 are different values of an axis."""
-    return type(value).__name__, str(value)
-
-
-def _values(result: AblationResult, axis: str) -> list[AxisValue]:
-    """Values of an axis: numbers in order, words as in the sweep."""
-    found = {_key(cell.axes.get(axis)): cell.axes.get(axis) for cell in result.cells}
-    values = list(found.values())
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    return sorted(values) if numeric else values
-
-
-def _grid_shape(result: AblationResult, axes: list[str]) -> tuple[int, int]:
-    return len(_values(result, axes[0])), len(_values(result, axes[1]))
 
 
 def _tick(cell: CellResult, letters: dict[str, str], is_baseline: bool) -> str:
@@ -465,7 +363,7 @@ def _curves_caption(result: AblationResult, axis: str) -> str:
 
 
 def _trade_off_caption(result: AblationResult, axis: str) -> str:
-    parts = _guided_parts(result, axis)
+    parts = guided_parts(result, axis)
     missing = sum(cell.diversity is None for cell in result.cells)
     lacking = f" {missing} settings are missing: their diversity is not known." if missing else ""
     return (

@@ -19,8 +19,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from diffpolicy.ablation_axes import problem_letters
 from diffpolicy.ablation_cells import AblationResult
-from diffpolicy.ablation_plots import draw_figures, problem_letters
+from diffpolicy.ablation_plots import draw_figures
 from diffpolicy.ablation_table import (
     ALPHA,
     BETTER,

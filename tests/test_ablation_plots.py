@@ -6,17 +6,14 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from diffpolicy.ablation_axes import changes_calls, curve_axes, problem_letters, varying_axes
 from diffpolicy.ablation_cells import AblationResult, CellResult
 from diffpolicy.ablation_plots import (
-    changes_calls,
-    curve_axes,
     curves,
     differences,
     draw_figures,
     forest,
     heat_map,
-    problem_letters,
-    varying_axes,
 )
 from diffpolicy.ablation_table import summarise
 

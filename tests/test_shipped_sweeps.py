@@ -21,6 +21,7 @@ NUM_CELLS = {
     "spacing_and_clip": 30,
     "time_density": 15,
     "horizons": 10,
+    "guidance": 14,
 }
 """Cells of the full forms."""
 
@@ -35,7 +36,8 @@ def pusht_store(tmp_path_factory) -> Path:
         path, fields={k: FieldSpec(shape=s, dtype="float32") for k, s in shapes.items()}, fps=10
     ) as b:
         for _ in range(3):
-            b.append_episode({k: rng.uniform(0, 512, (40, *s)).astype(np.float32) for k, s in shapes.items()})
+            rows = {k: rng.uniform(0, 512, (40, *s)).astype(np.float32) for k, s in shapes.items()}
+            b.append_episode(rows, task="push the T to the centre")
     return path
 
 
