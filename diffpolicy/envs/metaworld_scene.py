@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import os
 import sys
+import warnings
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -186,10 +187,13 @@ class Scene:
         data.mocap_pos[0], data.mocap_quat[0] = position, quaternion
         data.qacc_warmstart[:] = warmstart[: model.nv]
         self._refresh()
-        data.qacc_warmstart[:] = warmstart[: model.nv]  # the refresh may have renewed it
 
     def _refresh(self) -> None:
-        self._mujoco.mj_forward(self._world.model, self._world.data)
+        """Brings derived quantities up to date; what the next step starts from stays as it is, to the last bit."""
+        data = self._world.data
+        warmstart = data.qacc_warmstart.copy()
+        self._mujoco.mj_forward(self._world.model, data)
+        data.qacc_warmstart[:] = warmstart
         self._world._prev_obs = self._world._get_curr_obs_combined_no_goal()
 
     # --- pictures ---
@@ -219,8 +223,12 @@ class Scene:
         # In software these cost ten times the rest of a frame.
         model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = max(size, model.vis.global_.offwidth)
+        # a renderer that could not be made is closed all the same, and asks for these then
+        tidy = type("Renderer", (mujoco.Renderer,), {"_mjr_context": None, "_gl_context": None})
         try:
-            renderer = mujoco.Renderer(model, height=size, width=size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of glfw, before the error
+                renderer = tidy(model, height=size, width=size)
         except Exception as error:  # glfw, EGL and OSMesa each have their own way to say that there is nothing
             raise MissingGraphicsError(error) from error
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
