@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from diffpolicy.ablation_table import ALPHA, p_value, points
@@ -17,6 +18,7 @@ from diffpolicy.metrics import (
     holm,
     mcnemar_exact,
     paired_difference_interval,
+    sign_flip_sampled,
 )
 from diffpolicy.probes import PROBES, Probes, Row
 from diffpolicy.rollout import counted
@@ -79,58 +81,78 @@ def share_following(probes: Probes) -> dict | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A row's rate of following its words minus that of asked, on the same seeds."""
+class Difference:
+    """A number of a row minus that of asked, on the same seeds."""
 
-    probe: str
-    num_pairs: int
-    difference: float
+    value: float
     interval: tuple[float, float]
     """95 %, paired bootstrap: this network on other start states."""
-    mcnemar_p: float
+    p: float
+    """Of equality: McNemar's exact test for rates, sign flips for scores."""
     holm_p: float
-    """Corrected for the number of rows compared."""
+    """Corrected for the number of all tests of the table."""
     needed: int | None
     """Paired episodes that would tell the two apart with power 0.8, were the true difference the one seen; None: no
     difference was seen."""
 
-    @property
-    def verdict(self) -> str:
-        """What may be said; that two rates are the same never may."""
+    def verdict(self, num_pairs: int) -> str:
+        """What may be said; that two numbers are the same never may."""
         if self.holm_p < ALPHA and not self.interval[0] <= 0 <= self.interval[1]:
-            return "higher" if self.difference > 0 else "lower"
+            return "higher" if self.value > 0 else "lower"
         if self.needed is None:
-            return "not told apart: no difference seen, so no number of episodes can be named"
-        more = self.needed - self.num_pairs
-        if more <= 0:
+            return "not told apart (no difference seen, so no number of episodes can be named)"
+        if self.needed <= num_pairs:
             return "not told apart, narrowly: play other seeds"
-        return f"not told apart: {more:,} more episodes would be needed, were the difference the one seen"
+        return f"not told apart: {self.needed - num_pairs:,} more episodes would be needed, were the difference the one seen"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A row against asked."""
+
+    probe: str
+    num_pairs: int
+    follows: Difference
+    score: Difference
+    """Of the largest reward at the named goal: more sensitive than the rate where goals are hard to reach."""
 
 
 def compare(probes: Probes) -> list[Comparison]:
-    """Every whole row that can be judged against asked, in pairs of equal seeds; p corrected together (Holm)."""
-    followed = {
-        row.name: np.array([e.goal in e.goals_reached for e in row.episodes])
+    """Every whole row that can be judged against asked, in pairs of equal seeds; all p corrected together (Holm)."""
+    measured = {
+        row.name: (
+            np.array([e.goal in e.goals_reached for e in row.episodes]),
+            np.array([e.goal_scores[e.goal] for e in row.episodes]),
+        )
         for row in probes.rows
         if row.complete and all(e.goal in e.goal_scores for e in row.episodes)
     }
-    asked = followed.pop("asked", None)
-    if asked is None or not followed:
+    asked = measured.pop("asked", None)
+    if asked is None or not measured:
         return []
-    p_values = {name: mcnemar_exact(values, asked) for name, values in followed.items()}
-    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    needed = {name: episodes_needed(values, asked, comparisons=len(followed)) for name, values in followed.items()}
+    rate_p = [mcnemar_exact(reached, asked[0]) for reached, _ in measured.values()]
+    score_p = [sign_flip_sampled(scores, asked[1]) for _, scores in measured.values()]
+    p_values = [*rate_p, *score_p]
+    corrected, count = holm(p_values), len(measured)
+
+    def difference(values: np.ndarray, reference: np.ndarray, test: int) -> Difference:
+        needed = episodes_needed(values, reference, alpha=ALPHA, comparisons=len(p_values))
+        return Difference(
+            value=float(values.mean() - reference.mean()),
+            interval=paired_difference_interval(values, reference),
+            p=p_values[test],
+            holm_p=corrected[test],
+            needed=int(needed) if math.isfinite(needed) else None,
+        )
+
     return [
         Comparison(
             probe=name,
-            num_pairs=len(values),
-            difference=float(values.mean() - asked.mean()),
-            interval=paired_difference_interval(values, asked),
-            mcnemar_p=p_values[name],
-            holm_p=corrected[name],
-            needed=int(needed[name]) if math.isfinite(needed[name]) else None,
+            num_pairs=len(reached),
+            follows=difference(reached, asked[0], i),
+            score=difference(scores, asked[1], count + i),
         )
-        for name, values in followed.items()
+        for i, (name, (reached, scores)) in enumerate(measured.items())
     ]
 
 
@@ -161,7 +183,7 @@ def to_dict(probes: Probes) -> dict:
         "rows": summarise(probes),
         "left_out": probes.left_out,
         "share_following": share_following(probes),
-        "compared_with_asked": [dataclasses.asdict(c) | {"verdict": c.verdict} for c in compare(probes)],
+        "compared_with_asked": [dataclasses.asdict(c) | _verdicts(c) for c in compare(probes)],
         "goals": by_goal(probes),
         "episodes": {row.name: [e.to_dict() for e in row.episodes] for row in probes.rows},
     }
@@ -177,12 +199,19 @@ def csv_rows(probes: Probes) -> list[dict]:
             flat |= _flat(key, s[key], "rate") | {f"{key}_count": s[key] and s[key]["count"]}
         for key in ("score", "ignored_score", "other_score"):
             flat |= _flat(key, s[key], "mean")
-        c = compared.get(s["probe"])
-        flat |= _flat("difference", c and {"mean": c.difference, "interval_95": c.interval}, "mean")
-        flat |= {name: c and getattr(c, name) for name in ("mcnemar_p", "holm_p", "needed", "verdict")}
+        if c := compared.get(s["probe"]):
+            flat |= {"num_pairs": c.num_pairs, **_verdicts(c)}
+            for key, d in (("follows", c.follows), ("score", c.score)):
+                flat |= _flat(f"{key}_difference", {"mean": d.value, "interval_95": d.interval}, "mean")
+                flat |= {f"{key}_p": d.p, f"{key}_holm_p": d.holm_p, f"{key}_needed": d.needed}
         rows.append(flat | {"left_out": None})
-    unknown = dict.fromkeys(rows[0]) if rows else {}
-    return rows + [unknown | {"probe": name, "left_out": why} for name, why in probes.left_out.items()]
+    rows += [{"probe": name, "left_out": why} for name, why in probes.left_out.items()]
+    columns = dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row)
+    return [columns | row for row in rows]
+
+
+def _verdicts(c: Comparison) -> dict:
+    return {"follows_verdict": c.follows.verdict(c.num_pairs), "score_verdict": c.score.verdict(c.num_pairs)}
 
 
 def _flat(name: str, value: dict | None, key: str) -> dict:
@@ -195,7 +224,7 @@ def _flat(name: str, value: dict | None, key: str) -> dict:
 
 def probe_table(probes: Probes, title: str) -> Table:
     """One row per probe, those that were left out among them."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)  # fits 80 columns
     table.add_column("probe", no_wrap=True)
     for header in ("n", "follows", "ignores", "other", "score", "best other"):
         table.add_column(header, justify="right", min_width=12 if header == "score" else None)
@@ -218,14 +247,14 @@ def goal_table(probes: Probes) -> Table | None:
     lines = by_goal(probes)
     if len(lines) > MAX_GOALS:
         return None
-    table = Table(title="by goal", title_justify="left")
+    table = Table(title="by goal", title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
     table.add_column("goal")
     names = [name for name in ("asked", "swapped") if name in probes]
     for name in names:
-        table.add_column(f"{name}: n", justify="right")
+        table.add_column(f"{name} n", justify="right")
         table.add_column("success", justify="right")
         table.add_column("score", justify="right")
-    table.add_column("score when not named", justify="right")
+    table.add_column("score unnamed", justify="right")
     for line in lines:
         cells = [
             (str(line[n]["success"]["trials"]), _rate(line[n]["success"]), _mean_only(line[n]["score"])) for n in names
@@ -257,10 +286,12 @@ def explanation(probes: Probes) -> list[str]:
             else "No episode of asked and swapped reached any goal, so nothing can be said about following."
         )
     for c in compare(probes):
-        low, high = (points(end) for end in c.interval)
+        low, high = (points(end) for end in c.follows.interval)
         lines.append(
-            f"{c.probe} minus asked, follows: {points(c.difference)} points [{low}, {high}], {c.num_pairs} pairs, McNemar p "
-            f"{_p(c.mcnemar_p)}, Holm p {_p(c.holm_p)}: {c.verdict}"
+            f"{c.probe} minus asked, {c.num_pairs} pairs. follows: {points(c.follows.value)} points [{low}, {high}], McNemar p "
+            f"{_p(c.follows.p)}, Holm p {_p(c.follows.holm_p)}, {c.follows.verdict(c.num_pairs)}. score: {c.score.value:+.3f} "
+            f"[{c.score.interval[0]:+.3f}, {c.score.interval[1]:+.3f}], sign-flip p {_p(c.score.p)}, Holm p "
+            f"{_p(c.score.holm_p)}, {c.score.verdict(c.num_pairs)}."
         )
     return lines
 

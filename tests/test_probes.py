@@ -19,7 +19,7 @@ from diffpolicy.config import build_policy, config_from_dict
 from diffpolicy.envs import ENVIRONMENTS
 from diffpolicy.envs.base import LanguageEnv, Wordings
 from diffpolicy.envs.players import EpisodePlayer
-from diffpolicy.metrics import wilson_interval
+from diffpolicy.metrics import holm, wilson_interval
 from diffpolicy.probe_report import scene_sheet, write_figures, write_films, write_numbers
 from diffpolicy.probe_table import by_goal, compare, csv_rows, explanation, goal_table, share_following, summarise
 from diffpolicy.probes import Probes, Row, foreign_frames, parse_probes, play_probes, say
@@ -176,7 +176,8 @@ def test_a_policy_that_looks_at_the_scene_alone_has_a_full_score_and_is_found_ou
     assert (swapped["score"]["mean"], swapped["ignored_score"]["mean"]) == (pytest.approx(0, abs=0.02), 1)
     assert share_following(probes)["rate"] == 0.5
     (worse, *_) = compare(probes)
-    assert (worse.probe, worse.difference, worse.verdict, worse.mcnemar_p) == ("swapped", -1, "lower", 2 / 2**20)
+    assert (worse.probe, worse.follows.value, worse.follows.p) == ("swapped", -1, 2 / 2**20)
+    assert worse.follows.verdict(20) == worse.score.verdict(20) == "lower"
 
 
 def test_a_third_goal_is_neither_followed_nor_ignored():
@@ -254,13 +255,13 @@ def test_a_goal_that_the_scene_does_not_allow_can_be_ignored_but_not_followed():
     [
         ([True] * 30, [False] * 30, "lower"),
         ([False] * 30, [True] * 30, "higher"),
-        ([True] * 30, [True] * 30, "not told apart: no difference seen, so no number of episodes can be named"),
-        ([True] * 30, [True] * 28 + [False] * 2, "not told apart: 86 more episodes would be needed"),
+        ([True] * 30, [True] * 30, "not told apart (no difference seen, so no number of episodes can be named)"),
+        ([True] * 30, [True] * 28 + [False] * 2, "not told apart: 110 more episodes would be needed"),
     ],
 )
 def test_what_is_not_told_apart_is_never_called_the_same(asked, other, verdict):
     probes = hand_made(asked=reach(*asked), paraphrase=reach(*other))
-    assert compare(probes)[0].verdict.startswith(verdict)
+    assert compare(probes)[0].follows.verdict(30).startswith(verdict)
     said = " ".join(explanation(probes))
     assert "the same as" not in said and "equal to" not in said and "Wilson" in said
 
@@ -269,7 +270,17 @@ def test_p_values_are_corrected_for_all_rows_together():
     half = [True] * 24 + [False] * 6
     probes = hand_made(asked=reach(*[True] * 30), swapped=reach(*half), paraphrase=reach(*half))
     one, two = compare(probes)
-    assert one.mcnemar_p == 2 / 2**6 and (one.holm_p, two.holm_p) == (2 * one.mcnemar_p, 2 * one.mcnemar_p)
+    p_values = [one.follows.p, two.follows.p, one.score.p, two.score.p]
+    assert p_values[:2] == [2 / 2**6] * 2 and p_values[2] == pytest.approx(2 / 2**6, abs=0.01)
+    assert [one.follows.holm_p, two.follows.holm_p, one.score.holm_p, two.score.holm_p] == holm(p_values)
+    assert one.follows.holm_p > one.follows.p
+
+
+def test_scores_tell_apart_what_hardly_ever_succeeds():
+    near, far = [[("A", {"A": 0.8 - d * (0.3 + 0.01 * i)}, ()) for i in range(20)] for d in (0, 1)]
+    (c,) = compare(hand_made(asked=near, paraphrase=far))
+    assert c.follows.needed is None and c.follows.verdict(20).startswith("not told apart")
+    assert c.score.verdict(20) == "lower" and c.score.value == pytest.approx(-0.395)
 
 
 # ---------------------------------------------------------------------------------- goals that episodes keep track of
@@ -387,7 +398,7 @@ def test_files_hold_what_was_played(tmp_path):
     with open(tmp_path / "probes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [r["probe"] for r in rows] == ["asked", "swapped", "empty"]
-    assert (rows[1]["ignores"], rows[1]["ignores_count"], rows[1]["verdict"]) == ("1.0", "20", "lower")
+    assert (rows[1]["ignores"], rows[1]["ignores_count"], rows[1]["follows_verdict"]) == ("1.0", "20", "lower")
     assert rows[2]["left_out"].startswith("not allowed") and rows[2]["follows"] == ""
     assert csv_rows(probes)[1]["follows_high"] == pytest.approx(wilson_interval(0, 20)[1])
 
