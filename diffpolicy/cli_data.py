@@ -160,6 +160,8 @@ def merge(
     from diffpolicy.paint_out import painter
     from diffpolicy.replay import ReplayBuffer
 
+    if wordings and not instruction:
+        raise ValueError(f"--wordings {wordings} needs one --instruction for each source: the name of one of its goals")
     if wordings:
         told = [goal_wordings(wordings, text) for text in instruction or ()]
     else:

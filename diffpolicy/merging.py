@@ -92,7 +92,7 @@ def merge(
     """Writes the episodes of several stores (zarr v2 or v3, folders or zips), one after the other, as one of ours.
 
     `out` appears whole or not at all. Pictures become uint8 where they hold nothing but whole numbers in 0..255, other
-    types become the smallest that holds both. Attributes and other arrays of meta/ do not come along.
+    types become the smallest that holds both. Attributes and other arrays of meta/ do not come along, which a note says.
 
     Args:
         wordings: for each source, sentences that mean the same, dealt out to its episodes; None keeps the sources' own.
@@ -130,6 +130,7 @@ def merge(
         raise ValueError(f"there is no camera to repaint: none of {list(kept)} holds pictures of 0..255 (H, W, 3)")
 
     notes += [f"{key} is repainted" for key in repaints]
+    notes += [f"{', '.join(b.extras)} of {b.path} do not come along" for b in buffers if b.extras]
     lengths = [int(length) for buffer in buffers for length in buffer.episode_lengths]
 
     def rows(key: str) -> Iterator[np.ndarray]:

@@ -260,6 +260,12 @@ class ReplayBuffer:
         return fields
 
     @property
+    def extras(self) -> tuple[str, ...]:
+        """Names of what lies beside the episodes: attributes that are not ours, and further arrays of meta/."""
+        arrays = (key for key, _ in self._root["meta"].arrays() if key not in ("episode_ends", "episode_task"))
+        return (*(name for name in self._attrs if name not in OWN_ATTRS), *(f"meta/{key}" for key in arrays))
+
+    @property
     def episode_ends(self) -> np.ndarray:
         """(E,) int64, row after the last of each finished episode."""
         return self._ends.copy()

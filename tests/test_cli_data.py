@@ -123,6 +123,54 @@ def test_convert_takes_rate_roles_and_task(tmp_path):
         run("convert", src, tmp_path / "c.zarr", "--role", "img")
 
 
+def test_merge_says_what_became_of_the_sources(tmp_path):
+    sources = make_v2_store(tmp_path / "a.zarr"), make_store(tmp_path / "b.zarr")
+    out, file = tmp_path / "two.zarr", tmp_path / "words.txt"
+    file.write_text("shove it\nslide it\n")
+    told = "--instruction", "push it | move it", "--instruction", f"@{file}"
+    code, output = run("merge", *sources, "--out", out, *told, "--seed", 3, "--role", "state=observation.pose")
+    assert code == 0 and "merged 4 + 4 episodes" in output and "has 8 episodes, 172 steps" in output
+    assert "note: img becomes uint8 (float32 and uint8 in the sources)" in output
+    buffer = ReplayBuffer.open(out)
+    tasks = [buffer.episode_task(i) for i in range(8)]
+    assert sorted(tasks[:4]) == ["move it"] * 2 + ["push it"] * 2
+    assert sorted(tasks[4:]) == ["shove it"] * 2 + ["slide it"] * 2
+    assert buffer.roles["state"] == "observation.pose"
+    code, output = run("merge", *sources, "--out", tmp_path / "c.zarr", "--keys", "action, img", *told)
+    assert "left out state: not among the keys to keep" in output
+    assert ReplayBuffer.open(tmp_path / "c.zarr").keys == ("action", "img")
+
+
+def test_merge_takes_the_sentences_of_an_environment_by_the_names_of_its_goals(tmp_path):
+    from diffpolicy.envs.pusht_language import CENTRE, LOWER_RIGHT
+
+    store = make_v2_store(tmp_path / "a.zarr")
+    goals = "--instruction", CENTRE.seen[0], "--instruction", LOWER_RIGHT.seen[0]
+    code, output = run("merge", store, store, "--out", tmp_path / "b.zarr", "--wordings", "pusht_language", *goals)
+    assert code == 0 and "8 of 12 wordings" in output
+    buffer = ReplayBuffer.open(tmp_path / "b.zarr")
+    for i, words in enumerate([CENTRE] * 4 + [LOWER_RIGHT] * 4):
+        assert buffer.episode_task(i) in words.seen
+    with pytest.raises(ValueError, match=r"with --wordings pusht_language an --instruction must be one of .*Did you mean"):
+        run("merge", store, "--out", tmp_path / "c.zarr", "--wordings", "pusht_language", "--instruction", "the centre")
+    with pytest.raises(ValueError, match=r"--wordings must be one of .*got 'pusht'.*Did you mean 'pusht_language'"):
+        run("merge", store, "--out", tmp_path / "c.zarr", "--wordings", "pusht", "--instruction", "x")
+
+
+def test_merge_with_wordings_and_no_instruction_says_what_is_missing(tmp_path):
+    store = make_v2_store(tmp_path / "a.zarr")
+    with pytest.raises(ValueError, match="--wordings pusht_language needs one --instruction for each source"):
+        run("merge", store, "--out", tmp_path / "c.zarr", "--wordings", "pusht_language")
+
+
+def test_merge_paints_out_only_what_it_knows(tmp_path):
+    store = make_v2_store(tmp_path / "a.zarr")
+    with pytest.raises(ValueError, match="Did you mean 'pusht_goal'"):
+        run("merge", store, "--out", tmp_path / "b.zarr", "--paint-out", "pusht")
+    with pytest.raises(ValueError, match="no light green goal in img"):
+        run("merge", store, "--out", tmp_path / "b.zarr", "--paint-out", "pusht_goal")
+
+
 def test_episodes_are_written_as_numbers_and_ranges():
     assert parse_episodes("3, 7-9,8") == [3, 7, 8, 9]
 
@@ -133,7 +181,7 @@ def test_episodes_that_cannot_be_read_are_refused_with_the_text(text):
         parse_episodes(text)
 
 
-@pytest.mark.parametrize("command", ["info", "validate", "drop", "convert"])
+@pytest.mark.parametrize("command", ["info", "validate", "drop", "convert", "merge"])
 def test_every_help_teaches_with_an_example(command):
     code, output = run(command, "--help")
     assert code == 0 and f"Example: diffpolicy data {command}" in output
