@@ -179,6 +179,7 @@ def curves(result: AblationResult, summaries: tuple[CellSummary, ...], axis: str
 def trade_off(result: AblationResult, summaries: tuple[CellSummary, ...], axis: str) -> Figure:
     """Success and score against diversity, one point per weight of guidance, joined in the order of the weights."""
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     lines = guided_lines(result, summaries, axis)
     parts = guided_parts(result, axis)
@@ -205,8 +206,9 @@ def trade_off(result: AblationResult, summaries: tuple[CellSummary, ...], axis: 
             for s, at_x, at_y in zip(line, x, y, strict=True):
                 said = ", ".join(f"{s.cell.guidance.get(part, 1.0):g}" for part in parts)
                 panel.annotate(
-                    said, (at_x, at_y), (4, 4), textcoords="offset points", fontsize=7.5, color=style["color"]
-                )
+                    said, (at_x, at_y), (4, 4), textcoords="offset points", fontsize=7.5, color=style["color"],
+                    path_effects=[withStroke(linewidth=2, foreground="white")],
+                )  # fmt: skip
     for panel, what in zip(panels, ("success, % of episodes", "score, largest reward of an episode"), strict=True):
         panel.set(xlabel="diversity: distance of two chunks, normalised units", ylabel=what)
         panel.grid(alpha=0.3)

@@ -130,6 +130,34 @@ def test_every_cell_plays_the_same_start_states(finished):
     assert {f["sampling_seed"] for f in files} == {0}
 
 
+def test_every_cell_records_how_diverse_its_chunks_are_and_that_changes_nothing_else(finished):
+    result, out = finished
+    for cell in result.cells:
+        assert cell.diversity.shape == (1, 3) and (cell.diversity > 0).all()
+        assert cell.ignores is None and cell.guidance == {"task": 1.0, "goal": 1.0}
+    assert [cell.nfe for cell in result.cells] == [2, 3, 2, 3]  # its calls are not counted
+    files = [json.loads(file.read_text()) for file in out.glob("cells/*.json")]
+    assert {f["diversity"]["num_chunks"] for f in files} == {16}
+    assert "16 chunks for each of the first 3 start states" in report(sweep("gone.zarr"), out).read_text()
+
+
+def test_cells_of_an_earlier_version_are_readable_without_their_diversity(finished, store, tmp_path):
+    result, out = finished
+    shutil.copytree(out, tmp_path / "out")
+    old, broken = sorted((tmp_path / "out" / "cells").iterdir())[:2]
+    plain = json.loads(old.read_text())
+    del plain["diversity"], plain["guidance"]
+    old.write_text(json.dumps(plain))
+    plain = json.loads(broken.read_text())
+    plain["diversity"]["values"][0] = None  # a chunk that was not finite
+    broken.write_text(json.dumps(plain))
+    before = written(tmp_path / "out")
+    again, failures = ablate(sweep(store), tmp_path / "out")
+    assert failures == {} and written(tmp_path / "out") == before and scores(again) == scores(result)
+    assert sum(cell.diversity is None for cell in again.cells) == 2
+    assert "A dash: not measured" in report(sweep(store), tmp_path / "out").read_text()
+
+
 def test_what_is_finished_is_not_done_again(finished, store):
     result, out = finished
     before = written(out)

@@ -6,19 +6,23 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from diffpolicy.ablation_axes import changes_calls, curve_axes, problem_letters, varying_axes
+from diffpolicy.ablation_axes import changes_calls, curve_axes, guided_axes, problem_letters, varying_axes
 from diffpolicy.ablation_cells import AblationResult, CellResult
-from diffpolicy.ablation_plots import (
-    curves,
-    differences,
-    draw_figures,
-    forest,
-    heat_map,
-)
+from diffpolicy.ablation_plots import curves, differences, draw_figures, forest, heat_map, trade_off
 from diffpolicy.ablation_table import summarise
 
 
-def sweep(axes: dict[str, list], nfe=lambda values: 10, *, problems=lambda values: (), starts=20, oracle=None, seeds=2):
+def sweep(
+    axes: dict[str, list],
+    nfe=lambda values: 10,
+    *,
+    problems=lambda values: (),
+    starts=20,
+    oracle=None,
+    seeds=2,
+    guidance=lambda values: {},
+    diversity=lambda values: None,
+):
     """Every combination of the axes, with random successes."""
     rng = np.random.default_rng(0)
     cells = []
@@ -37,6 +41,8 @@ def sweep(axes: dict[str, list], nfe=lambda values: 10, *, problems=lambda value
                 call_ms=1.0,
                 labels=problems(values),
                 oracle=oracle and oracle(values),
+                guidance=guidance(values),
+                diversity=diversity(values),
             )
         )
     return AblationResult(name="sweep", question="?", cells=cells)
@@ -84,6 +90,52 @@ def test_sweep_gets_the_figures_that_fit_it_as_png_and_pdf(result, names, tmp_pa
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
         f"{n}.{end}" for n in names for end in ("pdf", "png")
     )
+
+
+def guided(weights: dict, *, goals=("centre", "corner"), unknown=()) -> AblationResult:
+    """A sweep over labels of weights; the larger the weight, the less diverse."""
+    rng = np.random.default_rng(1)
+    return sweep(
+        {"goal": list(goals), "how": list(weights)},
+        guidance=lambda v: {"task": weights[v["how"]], "goal": 1.0},
+        diversity=lambda v: None if v["how"] in unknown else (3 - weights[v["how"]]) * rng.uniform(0.1, 0.2, (2, 12)),
+    )
+
+
+WEIGHTS = {"strong": 2.0, "as trained": 1.0, "unheard": 0.0}
+
+
+def test_guidance_is_drawn_as_success_against_diversity_in_the_order_of_its_weights():
+    """Also where the weights hide in labelled settings."""
+    result = guided(WEIGHTS)
+    assert guided_axes(result) == ["how"]
+    summaries = summarise(result)
+    success, score = trade_off(result, summaries, "how").axes
+    by_label = {line.get_label(): line for line in success.get_lines()}
+    assert list(by_label) == ["centre", "corner"]
+    ordered = [s for s in reversed(summaries) if s.cell.axes["goal"] == "corner"]
+    assert by_label["corner"].get_xdata() == pytest.approx([s.diversity for s in ordered])
+    assert by_label["corner"].get_ydata() == pytest.approx([100 * s.success for s in ordered])
+    assert [text.get_text() for text in success.texts] == ["0", "1", "2"] * 2
+    ends = np.sort([path.vertices[:, 0] for path in success.collections[-1].get_paths()], axis=0)
+    assert ends == pytest.approx(np.sort([s.diversity_interval for s in ordered], axis=0))
+    assert score.get_lines()[0].get_xdata() == pytest.approx(success.get_lines()[0].get_xdata())
+
+
+def test_figure_of_diversity_has_a_caption_and_says_what_it_lacks(tmp_path):
+    result = guided(WEIGHTS, unknown=["strong"])
+    files = draw_figures(result, summarise(result), tmp_path)
+    assert [file.stem for file, _ in files] == ["cells", "diversity", "heat_map", "differences"]
+    assert (tmp_path / "diversity.png").exists() and (tmp_path / "diversity.pdf").exists()
+    caption = files[1][1]
+    assert "One point per weight of guidance (task)" in caption and "2 settings are missing" in caption
+    assert len(trade_off(result, summarise(result), "how").axes[0].texts) == 4
+
+
+def test_no_figure_of_diversity_where_no_weight_varies_or_nothing_is_known():
+    assert guided_axes(guided({"euler": 2.0, "heun": 2.0})) == []
+    assert guided_axes(guided(WEIGHTS, unknown=["strong", "unheard"])) == []
+    assert guided_axes(sweep({"steps": [2, 4]}, diversity=lambda v: np.ones((2, 5)))) == []
 
 
 def test_steps_are_drawn_against_network_calls_and_not_against_steps():

@@ -12,7 +12,7 @@ import pytest
 from diffpolicy.ablation_cells import AblationResult, CellResult
 from diffpolicy.ablation_report import conclusions, markdown_table, write_report
 from diffpolicy.ablation_table import episode_rows, summarise, table_rows
-from diffpolicy.metrics import wilson_interval
+from diffpolicy.metrics import clustered_bootstrap_interval, wilson_interval
 
 
 def cell(label: str, successes, **changes) -> CellResult:
@@ -194,6 +194,39 @@ def test_oracle_stands_before_the_network_and_only_if_there_is_one():
     assert "energy distance" not in markdown_table(ablation(cell("a", solved(50))))
 
 
+def test_diversity_is_a_column_with_its_interval_and_a_dash_where_it_was_not_measured(tmp_path):
+    values = np.array([[0.2, 0.4, 0.6], [0.3, 0.5, 0.7]])
+    result = ablation(
+        cell("new", solved(50, 60), diversity=values, guidance={"task": 2.0}), cell("old", solved(50, 55))
+    )
+    new, old = table_rows(result, summarise(result))
+    assert new["diversity"] == pytest.approx(0.45)
+    assert (new["diversity_low"], new["diversity_high"]) == clustered_bootstrap_interval(values)
+    assert 0.2 < new["diversity_low"] < 0.45 < new["diversity_high"] < 0.7
+    assert (old["diversity"], old["diversity_low"], old["diversity_high"]) == (None, None, None)
+    header, _, first, second = markdown_table(result).splitlines()
+    at = header.split(" | ").index("diversity [95 %]")
+    assert first.split(" | ")[at].startswith("0.450 [") and second.split(" | ")[at] == "-"
+    text = page_of(result, tmp_path).text
+    assert "Diversity: mean distance between two chunks" in text and "A dash: not measured" in text
+    assert "one more row for each guided part" in text
+    plain = ablation(*THREE.cells[:2])
+    assert "iversity" not in page_of(plain, tmp_path).text and "iversity" not in markdown_table(plain)
+
+
+def test_episodes_that_ignored_the_words_are_counted_where_there_are_goals(tmp_path):
+    ignores = solved(10, 20)
+    result = ablation(cell("a", solved(50, 60), ignores=ignores), cell("no goals", solved(50, 55)))
+    rows = table_rows(result, summarise(result))
+    assert [row["ignores"] for row in rows] == [pytest.approx(0.15), None]
+    assert rows[0]["ignores_low"] < 0.15 < rows[0]["ignores_high"]
+    assert "| 15.0 % [" in markdown_table(result) and "ignores" not in markdown_table(THREE)
+    assert "Ignores: episodes that fulfilled a goal which the words did not name" in page_of(result, tmp_path).text
+    episodes = pq.read_table(tmp_path / "episodes.parquet").to_pylist()
+    assert sum(row["ignores"] for row in episodes if row["label"] == "a") == 30
+    assert {row["ignores"] for row in episodes if row["label"] == "no goals"} == {None}
+
+
 @pytest.mark.parametrize(
     "cells",
     [
@@ -311,6 +344,9 @@ def test_runs_that_cells_share_are_listed_once(tmp_path):
     [
         ({"scores": np.zeros((1, 3))}, r"cell 'x': scores must be \(S=1, E=10\), got \(1, 3\)"),
         ({"scores": np.full((1, 10), np.nan)}, r"scores must be in \[0, 1\], got nan for training seed 0 and environ"),
+        ({"ignores": np.zeros((2, 10))}, r"cell 'x': ignores must be \(S=1, E=10\), got \(2, 10\)"),
+        ({"diversity": np.zeros((2, 4))}, r"diversity must be \(S=1, O\) finite numbers >= 0, got shape \(2, 4\)"),
+        ({"diversity": [[np.nan, 0.1]]}, r"diversity must be .* leave it out where it is not known"),
         ({"env_seeds": [7] * 10}, "env_seeds must differ from each other"),
     ],
 )
