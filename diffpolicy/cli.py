@@ -338,7 +338,9 @@ def rollout(
 
 @app.command()
 def collect(
-    env: Annotated[str, typer.Argument(help="Environment with a scripted demonstrator: tabletop.")],
+    env: Annotated[
+        str, typer.Argument(help="Environment with a scripted demonstrator: tabletop, tabletop_language or metaworld.")
+    ],
     out: Annotated[Path, typer.Option(help="The zarr store to write; an unfinished one is continued.")],
     episodes: Annotated[int, typer.Option(help="Demonstrations.", min=1)] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the first episode.", min=0)] = 0,
@@ -349,17 +351,37 @@ def collect(
             "--env-option", metavar="KEY=VALUE", help="Option of the environment, may be repeated.", show_default=False
         ),
     ] = None,
+    demonstrator_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--demonstrator-option",
+            metavar="KEY=VALUE",
+            help="Option of the demonstrator, may be repeated, e.g. noise=0.1.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Record scripted demonstrations into a zarr store.
 
-    [bold]Example[/bold]   diffpolicy collect tabletop --episodes 200 --out data/tabletop.zarr
+    [bold]Examples[/bold]
+
+    diffpolicy collect tabletop --episodes 200 --out data/tabletop.zarr
+
+    diffpolicy collect metaworld --no-pixels --env-option "tasks=\[mt5]" --episodes 250 --out data/metaworld.zarr
 
     Every finished episode is on disk at once; call again after an interruption to go on.
     """
     from diffpolicy.quickstart import collect_demonstrations, parse_options
 
     options = parse_options(env_option or [])
-    result = collect_demonstrations(env, out=out, episodes=episodes, seed=seed, options={"pixels": pixels, **options})
+    result = collect_demonstrations(
+        env,
+        out=out,
+        episodes=episodes,
+        seed=seed,
+        options={"pixels": pixels, **options},
+        demonstrator_options=parse_options(demonstrator_option or [], "--demonstrator-option"),
+    )
     discarded = f", {len(result.discarded_seeds)} failed attempts left out" if result.discarded_seeds else ""
     print(
         f"{result.path}: {result.num_episodes} episodes, {result.num_steps} steps ({result.num_added} episodes new{discarded})"

@@ -9,6 +9,7 @@ Row k holds what was seen before action k, the action, and the reward that it br
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from typing import Protocol
 import numpy as np
 
 from diffpolicy.envs.base import RobotEnv
-from diffpolicy.envs.metaworld_expert import MetaworldDemonstrator
-from diffpolicy.envs.tabletop_expert import TabletopDemonstrator
-from diffpolicy.envs.tabletop_language_expert import TabletopLanguageDemonstrator
+from diffpolicy.envs.metaworld_expert import MetaworldDemonstrator, MetaworldDemonstratorConfig
+from diffpolicy.envs.tabletop_expert import TabletopDemonstrator, TabletopDemonstratorConfig
+from diffpolicy.envs.tabletop_language_expert import TabletopLanguageDemonstrator, TabletopLanguageDemonstratorConfig
 from diffpolicy.replay import ReplayBuffer
 from diffpolicy.spec import ACTION, FieldSpec, unknown_name
 
@@ -192,20 +193,25 @@ def _check_same_collection(
         )
 
 
-DEMONSTRATORS: dict[str, type[Demonstrator]] = {
-    "metaworld": MetaworldDemonstrator,
-    "tabletop": TabletopDemonstrator,
-    "tabletop_language": TabletopLanguageDemonstrator,
+DEMONSTRATORS: dict[str, tuple[type, type[Demonstrator]]] = {
+    "metaworld": (MetaworldDemonstratorConfig, MetaworldDemonstrator),
+    "tabletop": (TabletopDemonstratorConfig, TabletopDemonstrator),
+    "tabletop_language": (TabletopLanguageDemonstratorConfig, TabletopLanguageDemonstrator),
 }
-"""Environment -> its scripted demonstrator. To add one, write a class with reset and act, and a line here."""
+"""Environment -> (Config, Class) of its scripted demonstrator. To add one, write them and a line here."""
 
 
-def make_demonstrator(env_name: str) -> Demonstrator:
-    """The scripted demonstrator of an environment.
+def make_demonstrator(env_name: str, **choices) -> Demonstrator:
+    """The scripted demonstrator of an environment; choices are fields of its Config.
 
     Raises:
-        ValueError: the environment has none, with those that have one.
+        ValueError: the environment has none, with those that have one; or an unknown choice, with the nearest right one.
     """
     if env_name not in DEMONSTRATORS:
         raise unknown_name("environment with a scripted demonstrator", env_name, DEMONSTRATORS)
-    return DEMONSTRATORS[env_name]()
+    config_class, demonstrator_class = DEMONSTRATORS[env_name]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    for choice in choices:
+        if choice not in known:
+            raise unknown_name(f"option of the demonstrator of {env_name!r}", choice, known)
+    return demonstrator_class(config_class(**choices))

@@ -16,11 +16,11 @@ from diffpolicy.envs import make_env
 from diffpolicy.progress import progress_bar
 
 
-def parse_options(options: list[str]) -> dict:
+def parse_options(options: list[str], flag: str = "--env-option") -> dict:
     """`key=value` texts -> a dict with YAML types."""
     for option in options:
         if "=" not in option:
-            raise ValueError(f"--env-option must read key=value, got {option!r}")
+            raise ValueError(f"{flag} must read key=value, got {option!r}")
     return OmegaConf.to_container(OmegaConf.from_dotlist(options))
 
 
@@ -31,11 +31,12 @@ def collect_demonstrations(
     episodes: int,
     seed: int = 0,
     options: dict | None = None,
+    demonstrator_options: dict | None = None,
     console: Console | None = None,
 ) -> CollectResult:
     """Scripted demonstrations of an environment into a store, with a progress bar."""
     choice = choose("env", env_name, options or {})
-    demonstrator = make_demonstrator(env_name)
+    demonstrator = make_demonstrator(env_name, **(demonstrator_options or {}))
     env = make_env(env_name, **dataclasses.asdict(choice.options))
     with progress_bar("collect", console) as bar:
         task = bar.add_task("collect", total=episodes, shown="")

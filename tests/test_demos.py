@@ -184,3 +184,9 @@ def test_every_demonstrator_solves_its_environment(tmp_path, name):
 def test_environment_without_demonstrator_is_named():
     with pytest.raises(ValueError, match="scripted demonstrator must be one of"):
         make_demonstrator("pusht")
+
+
+def test_demonstrator_takes_its_options_by_name():
+    assert make_demonstrator("tabletop", noise=1.5).config.noise == 1.5
+    with pytest.raises(ValueError, match="Did you mean 'noise'"):
+        make_demonstrator("tabletop", noize=1.5)
