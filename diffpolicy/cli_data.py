@@ -116,6 +116,35 @@ def convert(
 
 
 @app.command()
+def embed(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A replay store of ours: a zarr folder.")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="CONF.yaml ... [key=value ...]", help="The same as for `diffpolicy train`."),
+    ],
+    dtype: Annotated[str, typer.Option(help="float32, or float16: half the room.")] = "float32",
+    batch: Annotated[int, typer.Option(help="Frames that the tower sees at a time.", min=1)] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+) -> None:
+    """Lets a frozen image tower look at every frame once, so that training need not run it.
+
+    Writes what it says of them into the store; then train with `encoder.tuning=frozen data.embedded=true`.
+
+    Example: `diffpolicy data embed data/pusht.zarr conf/task/pusht_image.yaml conf/encoder/clip_vit_b32.yaml
+    encoder.tuning=frozen`
+    """
+    from diffpolicy.config import load_config
+    from diffpolicy.embed import embed as embed_store
+
+    files, settings = ([a for a in arguments if ("=" in a) == wanted] for wanted in (False, True))
+    if not files:
+        raise ValueError("no config: give the YAML files that training will get, such as conf/task/pusht_image.yaml")
+    done = embed_store(path, load_config(files, settings), dtype=dtype, batch_size=batch, device=device)
+    cameras = ", ".join(done.keys)
+    typer.echo(f"{path} has features of {_count(done.num_frames, 'frame')} of {cameras}; train with data.embedded=true")
+
+
+@app.command()
 def merge(
     sources: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Stores: zarr v2 or v3, folders or zips.")],
     out: Annotated[Path, typer.Option(help="The store to write; must not exist yet.")],

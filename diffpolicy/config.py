@@ -50,6 +50,8 @@ class DataConfig:
     """role -> key of the store or some of its dimensions, e.g. observation.state: state[0:2]."""
     val_ratio: float = 0.02
     """Share of the episodes held out for validation."""
+    embedded: bool = False
+    """Train on what a frozen image tower said of the frames (`diffpolicy data embed`) in place of pixels."""
     max_train_episodes: int | None = None
     split_seed: int = 42
 

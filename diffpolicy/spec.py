@@ -39,6 +39,9 @@ TASK = "task"
 """Role of the instruction in words."""
 GOAL_IMAGE = "goal.image"
 """Role of a picture of what is wanted, (B, 1, H, W, 3): in demonstrations the last frame of the episode."""
+EMBEDDING = "embedding."
+"""Prefix of what a frozen tower said of a picture once, in place of its pixels: embedding.<role>.pooled (B, T_obs, E) and
+embedding.<role>.patches (B, T_obs, P, W)."""
 
 Observation = dict[str, "Tensor | list[str]"]
 """role -> (B, T_obs, ...) tensor: float for states, uint8 (B, T_obs, H, W, 3) for images; `task` -> list of B strings."""

@@ -34,11 +34,13 @@ from diffpolicy.checkpoint import (
     TRAINING_STATE,
     list_checkpoints,
     load_config_of,
+    load_policy,
     read_description,
     resolve_device,
     save_policy,
 )
 from diffpolicy.config import Config, build_policy
+from diffpolicy.embed import embedded_windows, require_same_tower
 from diffpolicy.policies import DiffusionPolicy
 from diffpolicy.progress import progress_bar
 from diffpolicy.replay import ReplayBuffer
@@ -102,12 +104,17 @@ def train(
         max_train=config.data.max_train_episodes,
         seed=config.data.split_seed,
     )
-    (train_windows, val_windows), spec = load_windows(buffer, config.data.keys, config.horizons, [training, validation])
+    embedded = embedded_windows(config, buffer) if config.data.embedded else None
+    (train_windows, val_windows), spec = load_windows(
+        buffer, config.data.keys, config.horizons, [training, validation], embedded=embedded
+    )
     for windows, episodes in ((train_windows, training), (val_windows, validation)):
         if len(episodes):
             _require_finite(windows.arrays, buffer, _rows_of(buffer, episodes))
     torch.manual_seed(config.seed)
     policy = build_policy(config, spec)
+    if embedded is not None and resume is None:
+        require_same_tower(policy.encoder, buffer.path)
     _require_instructions(policy, buffer, [*training, *validation], console)
     rows = torch.from_numpy(_rows_of(buffer, training))
     for key in (*spec.state_keys, ACTION):
@@ -124,6 +131,8 @@ def train(
             console.print(f"nothing to do: {run} is at step {done} already, and was to stop at {stop_at}")
             return run
         _require_same_shapes(state, spec, config.data.path)
+        if embedded is not None:  # the policy gets its weights, the tower's too, when training starts
+            require_same_tower(load_policy(state.parent).encoder, buffer.path)
     elif rank > 0:
         run, state = _run_of_rank_0(Path(runs), config, name), None
     else:

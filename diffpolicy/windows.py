@@ -9,7 +9,7 @@ mask           False where a row lies outside the episode; there the edge row is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from diffpolicy.replay import ReplayBuffer
 from diffpolicy.spec import (
     ACTION,
+    EMBEDDING,
     GOAL_IMAGE,
     IMAGES,
     TASK,
@@ -169,7 +170,7 @@ class WindowDataset:
         obs: Observation = {}
         for key, array in self.arrays.items():
             if key != ACTION:  # what was wanted is what the episode ended with, (B, 1, H, W, 3)
-                obs[key] = array[last if key == GOAL_IMAGE else obs_rows]
+                obs[key] = array[last if key.removeprefix(EMBEDDING).startswith(GOAL_IMAGE) else obs_rows]
         obs |= tasks
         return Batch(obs=obs, actions=self.arrays[ACTION][action_rows], mask=wanted == action_rows, window=window)
 
@@ -180,14 +181,21 @@ class WindowDataset:
 
 
 def load_windows(
-    buffer: ReplayBuffer, keys: dict[str, str], horizons: Horizons, splits: Sequence[Sequence[int]]
+    buffer: ReplayBuffer,
+    keys: dict[str, str],
+    horizons: Horizons,
+    splits: Sequence[Sequence[int]],
+    *,
+    embedded: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> tuple[list[WindowDataset], DataSpec]:
     """Reads the roles once and gives a dataset for each split, sharing the memory, with the spec of what was read.
 
     Args:
         keys: role -> key of the store, or some of its dimensions, e.g. {"observation.state": "state[0:2]"}.
         splits: lists of episode indices.
+        embedded: role -> features of all its frames, read in place of its pixels; the spec has the camera all the same.
     """
+    embedded = embedded or {}
     if ACTION not in keys:
         raise ValueError(f"data.keys must name the action, got only {sorted(keys)}")
     if not any(role.startswith("observation.") for role in keys):
@@ -197,8 +205,13 @@ def load_windows(
             raise ValueError(
                 f"data.keys must be action, {GOAL_IMAGE} or observation.*, got {role!r}, which no policy would look at"
             )
-    arrays = {role: read_role(buffer, role, selection) for role, selection in keys.items() if role != GOAL_IMAGE}
-    if GOAL_IMAGE in keys:  # frames that a camera has already are not read twice
+    arrays = {
+        role: read_role(buffer, role, selection)
+        for role, selection in keys.items()
+        if role != GOAL_IMAGE and role not in embedded
+    }
+    camera = None
+    if GOAL_IMAGE in keys and GOAL_IMAGE not in embedded:  # frames that a camera has already are not read twice
         camera = next((r for r in arrays if r.startswith(IMAGES) and keys[r] == keys[GOAL_IMAGE]), None)
         arrays[GOAL_IMAGE] = arrays[camera] if camera else read_role(buffer, GOAL_IMAGE, keys[GOAL_IMAGE])
     fields = {}
@@ -208,10 +221,15 @@ def load_windows(
         names = known.names[chosen.dims] if chosen.dims is not None else known.names
         names = names if len(names) == int(np.prod(array.shape[1:])) else ()
         fields[role] = FieldSpec(shape=array.shape[1:], dtype=str(array.dtype), names=names, units=known.units)
+    fields |= {role: FieldSpec(shape=buffer.fields[keys[role]].shape, dtype="uint8") for role in embedded}
+    fields = {role: fields[role] for role in keys}
     spec = DataSpec(fields=fields, fps=buffer.fps, tasks=buffer.tasks)
     tensors = {role: torch.from_numpy(np.ascontiguousarray(array)) for role, array in arrays.items()}
-    if GOAL_IMAGE in keys and camera:
+    if camera:
         tensors[GOAL_IMAGE] = tensors[camera]
+    shared = {id(array): torch.from_numpy(array) for features in embedded.values() for array in features.values()}
+    for role, features in embedded.items():
+        tensors |= {f"{EMBEDDING}{role}.{name}": shared[id(array)] for name, array in features.items()}
     episode_tasks = [buffer.episode_task(i) for i in range(len(buffer.episode_ends))] if buffer.tasks else None
     datasets = [
         WindowDataset(

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"spec"},
     {"store_folder", "store_layout", "normalizer", "safety", "metrics", "ablation_cells", "plots", "progress", "envs"},
     {"replay", "ablation_table"},
-    {"importers", "rewriting", "windows", "validation", "open_loop", "ablation_axes"},
+    {"importers", "rewriting", "windows", "validation", "open_loop", "ablation_axes", "embedding_store"},
     {"merging", "ablation_plots", "paint_out"},
     {"encoders", "denoisers", "processes", "guidance"},
     {"policies", "foreign", "mixture", "schedule_plots"},
@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
     {"config"},
     {"sweep"},
     {"checkpoint"},
+    {"embed"},
     {"prepare"},
     {"train", "bench", "evaluate"},
     {"quickstart", "cli_data", "cli_oracle", "cli_schedules", "workers", "ablation_jobs"},
@@ -45,7 +46,7 @@ LAYERS: list[set[str]] = [
 HEIGHT = {module: height for height, layer in enumerate(LAYERS) for module in layer}
 
 ROOMS = {
-    "zarr": {"replay", "importers", "validation"},
+    "zarr": {"replay", "importers", "validation", "embedding_store"},
     "open_clip": {"encoders/clip_towers", "encoders/clip_weights"},
     "peft": {"encoders/lora"},
     "diffusers": {"processes"},

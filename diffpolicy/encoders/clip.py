@@ -15,7 +15,7 @@ from diffpolicy.encoders.parts import GOAL_PART, STATE_PART, Features, Part, Par
 from diffpolicy.encoders.resampler import AttentionPool, PerceiverResampler
 from diffpolicy.encoders.resnet import crop_frames
 from diffpolicy.encoders.state import concatenate_states, take_observation
-from diffpolicy.spec import GOAL_IMAGE, IMAGES, TASK, Condition, DataSpec, Observation, unknown_name
+from diffpolicy.spec import EMBEDDING, GOAL_IMAGE, IMAGES, TASK, Condition, DataSpec, Observation, unknown_name
 
 PRETRAINED_LR_SCALE = 0.1
 """Of the policy's learning rate, for towers that begin with weights."""
@@ -51,6 +51,7 @@ class ClipEncoder(nn.Module):
             raise ValueError(f"encoder.image={config.image} needs a camera, the data has only {sorted(spec.fields)}")
         self.config, self.spec, self.obs_horizon = config, spec, obs_horizon
         self._embed_image, self._embed_text = clip_towers.embed_image, clip_towers.embed_text
+        self._without_padding, self._reading = clip_towers.without_padding, clip_towers.reading
         towers = clip_towers.build_towers(
             config.model,
             config.pretrained,
@@ -92,8 +93,10 @@ class ClipEncoder(nn.Module):
             self.crop_sizes = {key: crop_size(config, key, spec.fields[key].shape) for key in self.picture_keys}
             if config.wants_patches:
                 num_image_tokens, image_dim = clip_towers.patch_grid(towers.image, config.model, wanted=config.image)
-                self.image_layers = chosen_layers(config, clip_towers.num_layers(towers.image))
+                self.num_layers = clip_towers.num_layers(towers.image)
+                self.image_layers = chosen_layers(config, self.num_layers)
                 image_dim *= len(self.image_layers)
+                self.patch_shape = (num_image_tokens, image_dim)
             if config.image in RESAMPLED:
                 sizes = {"num_tokens": config.num_image_tokens, "dim": config.token_dim}
                 if config.image == "attention_pool":
@@ -211,7 +214,8 @@ class ClipEncoder(nn.Module):
         if STATE_PART in features and STATE_PART not in drop and any(key in obs for key in self.spec.state_keys):
             states = concatenate_states(obs, self.spec, self.obs_horizon)  # (B, T_obs, D_state)
             features[STATE_PART] = Features(states, states.unsqueeze(2))
-        here = [key for key in self.picture_keys if key in obs and part_of(key) not in drop]
+        here = [key for key in self.picture_keys if {key, f"{EMBEDDING}{key}.pooled"} & obs.keys()]
+        here = [key for key in here if part_of(key) not in drop]
         if here:
             for key, found in self.embed_images(obs, here).items():
                 features[part_of(key)] = found
@@ -220,17 +224,33 @@ class ClipEncoder(nn.Module):
         return self.assemble(features, batch_size=batch_size, like=like, without=without)
 
     def embed_images(self, obs: Observation, keys: Sequence[str]) -> dict[str, Features]:
-        """Cameras and goal image through the tower they share in one pass, or each through its own."""
-        pixels = [self.pixels(obs, key) for key in keys]  # (B*T_obs, 3, S, S) each; of a goal image (B, 3, S, S)
-        if self.image_tower is not None:
-            sizes = [len(p) for p in pixels]
-            pooled, patches = self.look(self.image_tower, torch.cat(pixels))
-            seen = zip(
-                pooled.split(sizes), [None] * len(keys) if patches is None else patches.split(sizes), strict=True
-            )
-        else:
-            seen = [self.look(self.image_towers[tower_name(key)], p) for key, p in zip(keys, pixels, strict=True)]
-        return {key: self.image_features(key, *found) for key, found in zip(keys, seen, strict=True)}
+        """Cameras and goal image, each as its tower sees it, or as the frozen tower saw it once (`diffpolicy data embed`)."""
+        seen = {key: self.embedded(obs, key) for key in keys if f"{EMBEDDING}{key}.pooled" in obs}
+        pixels = {
+            key: self.pixels(obs, key) for key in keys if key not in seen
+        }  # (B*T_obs, 3, S, S), goal (B, 3, S, S)
+        if self.image_tower is None:
+            seen |= {key: self.look(self.image_towers[tower_name(key)], p) for key, p in pixels.items()}
+        elif pixels:  # all in one pass
+            sizes = [len(p) for p in pixels.values()]
+            pooled, patches = self.look(self.image_tower, torch.cat(list(pixels.values())))
+            parts = [None] * len(sizes) if patches is None else patches.split(sizes)
+            seen |= zip(pixels, zip(pooled.split(sizes), parts, strict=True), strict=True)
+        return {key: self.image_features(key, *seen[key]) for key in keys}
+
+    def embedded(self, obs: Observation, key: str) -> tuple[Tensor, Tensor | None]:
+        """What `look` once found in these pictures, as the tower's numbers: pooled (N, E), patches (N, P, W).
+
+        Raises:
+            ValueError: the patches that are looked at, or all their layers, are missing.
+        """
+        dtype, frames = next(self.assemble.parameters()).dtype, self.num_frames(key)
+        pooled = take_observation(obs, f"{EMBEDDING}{key}.pooled", (frames, self.architecture["model"]["embed_dim"]))
+        patches = None
+        if self.config.wants_patches:
+            patches = take_observation(obs, f"{EMBEDDING}{key}.patches", (frames, *self.patch_shape))
+            patches = patches.flatten(0, 1).to(dtype)
+        return pooled.flatten(0, 1).to(dtype), patches
 
     def look(self, tower: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a tower says of pictures (N, 3, S, S): pooled (N, E), and patches (N, P, W) of the layers that are looked at."""
@@ -290,8 +310,7 @@ class ClipEncoder(nn.Module):
         distinct = {task: i for i, task in enumerate(dict.fromkeys(said))}
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.text_tower.parameters())
         if learns or (self.training and self._tunings["text"] != "frozen"):
-            ids = torch.stack([self.tokenizer(self.config.prompt.replace("{}", task)) for task in distinct])
-            embedded = self.read(ids.to(like.device))
+            embedded = self.read(distinct, like.device)
         else:
             each = [self.remembered(task, like.device) for task in distinct]
             embedded = [torch.cat(of_all) for of_all in zip(*each, strict=True)]
@@ -303,13 +322,18 @@ class ClipEncoder(nn.Module):
         padding = mask if self.config.text == "tokens" else None
         return Features(vector.unsqueeze(1), words.unsqueeze(1), token_mask=padding, present=present)
 
-    def read(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids (n, C) -> pooled (n, E), tokens (n, C, W) with their mask (n, C); pooled as the one token (n, 1, E) unless
+    def read(self, tasks: Collection[str], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Instructions -> pooled (n, E), tokens (n, C, W) with their mask (n, C); pooled as the one token (n, 1, E) unless
         text=tokens."""
-        if self.config.text == "tokens":
-            return self._embed_text(self.text_tower, ids)
-        pooled = self.text_tower(ids)
-        return pooled, pooled.unsqueeze(1), torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
+        ids = torch.stack([self.tokenizer(self.config.prompt.replace("{}", task)) for task in tasks])
+        ids = self._without_padding(self.text_tower, ids)  # (n, L), on the CPU still: its length is known without waiting
+        with self._reading(self.text_tower, ids.shape[1]):
+            if self.config.text == "tokens":
+                pooled, words, mask = self._embed_text(self.text_tower, ids.to(device))
+                rest = self.text_tower.context_length - ids.shape[1]
+                return pooled, F.pad(words, (0, 0, 0, rest)), F.pad(mask, (0, rest))
+            pooled = self.text_tower(ids.to(device))
+        return pooled, pooled.unsqueeze(1), torch.ones(len(pooled), 1, dtype=torch.bool, device=device)
 
     def remembered(self, task: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """One instruction as `read` gives it, embedded alone, so that its neighbours in a batch do not count."""
@@ -318,9 +342,8 @@ class ClipEncoder(nn.Module):
         if weights != self._embedded_by:
             self._embedded, self._embedded_by = {}, weights
         if task not in self._embedded:
-            ids = self.tokenizer(self.config.prompt.replace("{}", task))
             with torch.inference_mode(False), torch.no_grad():  # a later training step may use it
-                self._embedded[task] = tuple(x.clone() for x in self.read(ids[None].to(device)))
+                self._embedded[task] = tuple(x.clone() for x in self.read([task], device))
         return self._embedded[task]
 
 

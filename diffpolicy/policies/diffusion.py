@@ -24,7 +24,7 @@ from diffpolicy.processes import (
     sample,
     sampler_findings,
 )
-from diffpolicy.spec import ACTION, TASK, Batch, Condition, DataSpec, Horizons, Observation
+from diffpolicy.spec import ACTION, EMBEDDING, TASK, Batch, Condition, DataSpec, Horizons, Observation
 
 
 class DiffusionPolicy(nn.Module):
@@ -118,6 +118,9 @@ class DiffusionPolicy(nn.Module):
         """
         ready: Observation = {}
         for key in self.spec.input_keys:
+            if embedded := {name: obs[name] for name in obs if name.startswith(f"{EMBEDDING}{key}.")}:
+                ready |= embedded
+                continue
             if key not in obs:
                 if part_of(key) in self.droppable:
                     continue
