@@ -166,7 +166,7 @@ def test_an_unknown_environment_or_option(refused, checkpoint):
     assert "Did you mean 'max_steps'?" in refused("rollout", checkpoint, "--env-option", "max_stesp=3")
     assert "must read key=value, got 'fast'" in refused("rollout", checkpoint, "--env-option", "fast")
     assert "Did you mean 'tabletop'?" in refused("collect", "tabeltop", "--out", "x.zarr")
-    assert "must be one of ['tabletop'], got 'pusht'" in refused("collect", "pusht", "--out", "x.zarr")
+    assert "'tabletop_language'], got 'pusht'" in refused("collect", "pusht", "--out", "x.zarr")
 
 
 def test_a_missing_extra_names_the_pip_command(refused, store, checkpoint, monkeypatch):
