@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -190,6 +191,32 @@ def embed_image(
     )
     by_layer = dict(zip(sorted(set(wanted)), seen["image_intermediates"], strict=True))
     return seen["image_features"], torch.cat([by_layer[layer] for layer in wanted], dim=-1)
+
+
+def without_padding(tower: nn.Module, ids: Tensor) -> Tensor:
+    """Token ids (n, C) cut to the longest of these texts, (n, L); as they are where the tower also reads what is behind the end.
+
+    A causal tower that pools at the end token never sees the zeros behind it: they only cost time, three quarters of it for
+    short instructions.
+    """
+    plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "use_pad_mask", False)
+    if plain and getattr(tower, "pool_type", "") in ("argmax", "eos") and getattr(tower, "attn_mask", None) is not None:
+        return ids[:, : int(ids.argmax(dim=-1).max()) + 1]
+    return ids
+
+
+@contextmanager
+def reading(tower: nn.Module, length: int) -> Iterator[None]:
+    """The tower reads texts of this many tokens meanwhile: open_clip's causal mask has the full length only."""
+    mask = getattr(tower, "attn_mask", None)
+    if mask is None or mask.shape[-1] == length:
+        yield
+        return
+    tower.attn_mask = mask[:length, :length]
+    try:
+        yield
+    finally:
+        tower.attn_mask = mask
 
 
 def embed_text(tower: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,15 @@ import open_clip
 import pytest
 import torch
 
-from diffpolicy.encoders.clip_towers import Tokenizer, build_towers, embed_image, embed_text, num_layers
+from diffpolicy.encoders.clip_towers import (
+    Tokenizer,
+    build_towers,
+    embed_image,
+    embed_text,
+    num_layers,
+    reading,
+    without_padding,
+)
 from diffpolicy.encoders.clip_weights import known_models
 
 TINY = "diffpolicy-tiny"
@@ -112,3 +120,20 @@ def test_truncation_keeps_the_end_token_and_says_once_what_is_lost():
         assert torch.equal(tokenize("a b c d e f g h"), ids)
     with pytest.warns(UserWarning, match="'y' is cut off"):  # another instruction
         tokenize("a b c d e f y")
+
+
+def test_cutting_the_padding_off_changes_no_text():
+    torch.manual_seed(0)
+    tower = build_towers("diffpolicy-tiny", None, need_image=False, need_text=True).text.eval()
+    tokenizer = Tokenizer(tower.context_length)
+    ids = torch.stack([tokenizer(text) for text in ("push", "push the red block to the left edge")])
+    short = without_padding(tower, ids)
+    assert ids.shape == (2, 32) and short.shape == (2, 10)  # start, eight words, end
+    mask = tower.attn_mask
+    with torch.no_grad(), reading(tower, 10):
+        got = tower(short), *embed_text(tower, short)
+    assert tower.attn_mask is mask
+    want = tower(ids), *embed_text(tower, ids)
+    for a, b in ((got[0], want[0]), (got[1], want[1]), (got[2], want[2][:, :10]), (got[3], want[3][:, :10])):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0) if a.is_floating_point() else torch.equal(a, b)
+    assert not want[3][:, 10:].any()
