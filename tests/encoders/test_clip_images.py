@@ -2,12 +2,17 @@
 
 import warnings
 
+import open_clip
 import pytest
 import torch
 
+from diffpolicy.checkpoint import load_policy, save_policy
+from diffpolicy.encoders import clip_towers, clip_weights
 from diffpolicy.encoders.clip import ClipConfig, ClipEncoder
+from diffpolicy.encoders.clip_weights import known_models
 from diffpolicy.spec import GOAL_IMAGE, DataSpec, FieldSpec
 from diffpolicy.training import parameter_groups
+from tests.conftest import tiny_config_for
 
 TOP, WRIST, STATE = "observation.images.top", "observation.images.wrist", "observation.state"
 NUM_PATCHES, WIDTH, DEPTH, K = 64, 64, 3, 5
@@ -278,3 +283,39 @@ def test_truncated_instruction_is_said_by_the_encoder():
     with pytest.warns(UserWarning, match="text_too_long=truncate"):
         condition = encoder(observation() | {"task": ["very " * 40 + "slowly"] * 3})
     assert condition.token_mask.all()
+
+
+# --- saved and loaded ---
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"tuning": "lora", "lora_targets": ["in_proj", "c_fc"], "text": "tokens"},
+        {"share_towers": False, "image": "perceiver", "image_layers": [0, -1], "num_image_tokens": K},
+        {"image": "all_layers", "gradient_checkpointing": True, "image_size": 72},
+    ],
+)
+def test_checkpoint_holds_all_that_loading_needs(make_policy, tmp_path, monkeypatch, choices):
+    if choices.get("tuning") == "lora":
+        pytest.importorskip("peft")
+    known_models()
+    torch.manual_seed(5)
+    torch.save(open_clip.create_model("diffpolicy-tiny").state_dict(), tmp_path / "clip.pt")
+    encoder = {"name": "clip", "pretrained": str(tmp_path / "clip.pt"), "token_dim": 16} | choices
+    policy = make_policy(spec=TWO, encoder=encoder)
+    for name, parameter in policy.named_parameters():
+        if ".lora_" in name:  # as after some training
+            torch.nn.init.normal_(parameter, std=0.05)
+    config = tiny_config_for(encoder=encoder)
+    folder = save_policy(policy, config, tmp_path / "checkpoint")
+    (tmp_path / "clip.pt").unlink()
+    monkeypatch.setattr(clip_weights, "load_model", None)
+    monkeypatch.setattr(clip_towers, "load_model", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = load_policy(folder)
+    obs = observation(TWO)
+    want, got = (p.eval().encode(obs) for p in (policy, again))
+    torch.testing.assert_close(got.tokens, want.tokens, atol=0, rtol=0)
+    torch.testing.assert_close(got.global_cond, want.global_cond, atol=0, rtol=0)
