@@ -135,5 +135,5 @@ def test_cutting_the_padding_off_changes_no_text():
     assert tower.attn_mask is mask
     want = tower(ids), *embed_text(tower, ids)
     for a, b in ((got[0], want[0]), (got[1], want[1]), (got[2], want[2][:, :10]), (got[3], want[3][:, :10])):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0) if a.is_floating_point() else torch.equal(a, b)
+        torch.testing.assert_close(a, b, atol=5e-6, rtol=0)
     assert not want[3][:, 10:].any()
