@@ -210,6 +210,18 @@ class Scene:
         renderer.update_scene(self._world.data, camera=self._camera)
         return np.ascontiguousarray(renderer.render()[::-1, ::-1])  # the camera hangs upside down
 
+    @property
+    def holds_pictures(self) -> bool:
+        """Whether it keeps what it draws with: about 50 MB for each size."""
+        return bool(self._renderers)
+
+    def forget_pictures(self) -> None:
+        """Frees what it draws with; the next picture makes it anew."""
+        for renderer in self._renderers.values():
+            atexit.unregister(renderer.close)
+            renderer.close()
+        self._renderers.clear()
+
     def to_pixels(self, points: np.ndarray, size: int) -> np.ndarray:
         """Columns and rows (..., 2) of points (..., 3), m, in picture(size)."""
         data = self._world.data
@@ -220,8 +232,8 @@ class Scene:
 
     def _make_renderer(self, size: int):
         mujoco, model = self._mujoco, self._world.model
-        # In software these cost ten times the rest of a frame.
-        model.vis.quality.offsamples = 0
+        # In software these cost ten times the rest of a frame, and an unused shadow map 64 MB.
+        model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = max(size, model.vis.global_.offwidth)
         # a renderer that could not be made is closed all the same, and asks for these then
         tidy = type("Renderer", (mujoco.Renderer,), {"_mjr_context": None, "_gl_context": None})
@@ -237,8 +249,10 @@ class Scene:
         return renderer
 
 
+MAX_IDLE_PICTURES = 16
+"""Idle scenes that may keep what they draw with."""
 _IDLE: defaultdict[str, list[Scene]] = defaultdict(list)
-"""Scenes that no environment uses now: building one takes .1 s, with pictures .5 s, beginning an episode .01 s."""
+"""Scenes that no environment uses now: building one takes .1 s, with pictures .3 s, beginning an episode .01 s."""
 
 
 def borrow_scene(task: str) -> Scene:
@@ -248,4 +262,6 @@ def borrow_scene(task: str) -> Scene:
 
 def return_scene(scene: Scene) -> None:
     """Gives a scene back; its caller forgets it."""
+    if sum(idle.holds_pictures for scenes in _IDLE.values() for idle in scenes) >= MAX_IDLE_PICTURES:
+        scene.forget_pictures()
     _IDLE[scene.task].append(scene)

@@ -354,6 +354,15 @@ def test_goal_is_drawn_where_it_is_and_high_things_are_drawn_high(graphics):
         assert raised[1] < row - 10
 
 
+def test_pictures_are_the_same_after_what_draws_them_was_freed(graphics):
+    env = env_for("drawer-close", render_size=64)
+    env.reset(seed=0)
+    before = env.render()
+    env.scene.forget_pictures()
+    assert not env.scene.holds_pictures
+    assert np.array_equal(env.render(), before) and before.std() > 10
+
+
 def test_actions_are_drawn_along_the_way_that_they_take_the_fingers():
     env = env_for("reach")
     env.reset(seed=0)
