@@ -142,8 +142,8 @@ def probe(
     run = prepare(checkpoint, **choices)
     policy, choice = run.policy, run.env
     check_can_be_probed(policy, choice.name)
-    out = Path(out) if out is not None else default_out(run.folder, policy, choice, seed, episodes)
-    out = new_folder(out if out.name.startswith("probe") else out.with_name(f"probe_{out.name}"))
+    default = default_out(run.folder, policy, choice, seed, episodes)
+    out = new_folder(Path(out) if out is not None else default.with_name(f"probe_{default.name}"))
     described = run.described(seed, sampling_seed)
     fps = ENVIRONMENTS[choice.name][1].fps
 

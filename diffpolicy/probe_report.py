@@ -114,7 +114,7 @@ def _cell(picture: np.ndarray, name: str, episode: Episode) -> np.ndarray:
     """A frame with its words beneath, (height, TILE + 2 * MARGIN, 3) uint8."""
     from PIL import Image, ImageDraw
 
-    words = [f"{name}, seed {episode.seed}", *textwrap.wrap(f'"{episode.task}"', TILE // 6)]
+    words = [f"{name}, seed {episode.seed}, score {episode.score:.2f}", *textwrap.wrap(f'"{episode.task}"', TILE // 6)]
     if episode.other_goals_reached:
         words += textwrap.wrap(f"reached: {', '.join(episode.goals_reached)}", TILE // 6)
     side = TILE + 2 * MARGIN

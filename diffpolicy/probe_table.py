@@ -72,7 +72,8 @@ def _mean(scores: Sequence[float]) -> dict | None:
 def share_following(probes: Probes) -> dict | None:
     """Of the episodes of asked and swapped that fulfilled any goal, how many fulfilled the named one and no other.
 
-    None before both are whole. 1: words decide; 0.5: a policy that only looks at the scene.
+    None before both are whole. A policy that does the same whatever is said reaches the same goals in both rows, and so has
+    at most 0.5: that much if it reads the task off the scene.
     """
     if not all(name in probes and probes[name].complete for name in ("asked", "swapped")):
         return None
@@ -280,8 +281,8 @@ def explanation(probes: Probes) -> list[str]:
     share = share_following(probes)
     if share:
         lines.append(
-            f"Of all {share['trials']} episodes of asked and swapped that reached a goal, {_rate(share)} reached the named "
-            "one and no other (a policy that looks at the scene alone: 50 %)."
+            f"Of all {share['trials']} episodes of asked and swapped that reached a goal, {_rate(share)} reached the named one "
+            "and no other. A policy that does the same whatever is said has at most 50 %."
             if share["trials"]
             else "No episode of asked and swapped reached any goal, so nothing can be said about following."
         )

@@ -8,9 +8,9 @@
     state_only   as asked, cameras hidden
     image_only   as asked, state hidden
 
-Only what is asked or what the policy gets changes from row to row: episode i has the same seed, hence the same scene, and
-the same noise in all of them (where the scene depends on the goal, as under held_out, that is said). A score alone proves
-nothing: a policy that reads the task off the scene has a good one too, and only `swapped` tells.
+Only what is asked or what the policy gets changes from row to row: an episode has the same seed, hence the same scene, and
+the same noise in all of them. A score alone proves nothing: a policy that reads the task off the scene has a good one too,
+and only `swapped` tells.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ PROBES = {
     "swapped": Probe("same scene, words of another goal", (("swap", True),)),
     "empty": Probe("same scene, no words; what counts is the goal that the seed would ask", hides="words"),
     "paraphrase": Probe("same scene and goal, wordings that no demonstration used", (("wordings", "unseen"),)),
-    "held_out": Probe("goals that no demonstration showed", (("goals", "held_out"),)),
+    "held_out": Probe(
+        "goals that no demonstration showed; they may be harder in themselves too", (("goals", "held_out"),)
+    ),
     "state_only": Probe("as asked, without cameras", hides="cameras"),
     "image_only": Probe("as asked, without state", hides="state"),
 }

@@ -473,7 +473,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_the_command_probes_a_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
-    wanted = ("--probe", "swapped,empty,image_only", "--episodes", 3, "--videos", 1, "--out", tmp_path / "probe")
+    wanted = ("--probe", "swapped,empty,image_only", "--episodes", 3, "--videos", 1, "--out", tmp_path / "here")
     code, out, err = run_cli("rollout", checkpoint, *wanted, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0 and err == "", err
     for text in (
@@ -485,11 +485,18 @@ def test_the_command_probes_a_checkpoint(checkpoint, tmp_path, monkeypatch, caps
     ):
         assert text in out
     assert "minus asked" in out and "Holm" in out
-    told = json.loads((tmp_path / "probe" / "probes.json").read_text())
+    told = json.loads((tmp_path / "here" / "probes.json").read_text())
     assert [r["probe"] for r in told["rows"]] == ["asked", "swapped", "empty"]
     assert (told["env"]["name"], told["seed"]) == ("lamps", 100_000)
-    assert iio.imread(tmp_path / "probe" / "same_scene.png").ndim == 3
-    assert len(list((tmp_path / "probe" / "videos").iterdir())) == 3
+    assert iio.imread(tmp_path / "here" / "same_scene.png").ndim == 3
+    assert len(list((tmp_path / "here" / "videos").iterdir())) == 3
+
+
+def test_results_of_a_probe_stand_beside_the_checkpoint_under_a_name_of_their_own(checkpoint):
+    few = {"episodes": 2, "videos": 0, "pictures": 0, "console": Console(file=io.StringIO())}
+    outs = [evaluate.probe(checkpoint, "asked", **few)[1] for _ in range(2)]
+    name = "probe_lamps_policy_euler-2_seed100000x2"
+    assert outs == [checkpoint / "rollouts" / name, checkpoint / "rollouts" / f"{name}-2"]
 
 
 def test_a_rollout_with_words_shows_what_was_ignored(checkpoint, tmp_path):
