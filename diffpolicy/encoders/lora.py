@@ -28,8 +28,7 @@ ADAPTER = "default"
 class PlainAttention(nn.Module):
     """nn.MultiheadAttention(batch_first=True) of a sequence with itself, with linear layers that can be replaced.
 
-    Its operations and their order are those of torch's, so that the numbers are too, but for rounding: where no gradients are
-    wanted, torch takes a fused path.
+    The same numbers but for rounding, and as fast.
     """
 
     def __init__(self, packed: nn.MultiheadAttention):
@@ -47,17 +46,12 @@ class PlainAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """(N, L, W) three times the same -> (N, L, W); attn_mask (L, L) or (N * heads, L, L) is added to the scores."""
         assert query is key is value and not need_weights, "blocks of open_clip attend to themselves"
-        batch, length, width = query.shape
-        packed = self.in_proj(query.transpose(0, 1))  # (L, N, 3 * W)
-        q, k, v = packed.unflatten(-1, (3, width)).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
-        heads = lambda x: (
-            x.view(length, batch * self.num_heads, -1).transpose(0, 1).view(batch, self.num_heads, length, -1)
-        )
-        if attn_mask is not None:
-            attn_mask = attn_mask.view(-1, 1 if attn_mask.ndim == 2 else self.num_heads, length, length)
+        heads = lambda x: x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, L, W / heads)
+        q, k, v = self.in_proj(query).chunk(3, dim=-1)
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
         found = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask)
-        found = found.permute(2, 0, 1, 3).contiguous().view(length * batch, width)
-        return self.out_proj(found).view(length, batch, width).transpose(0, 1), None
+        return self.out_proj(found.transpose(1, 2).flatten(2)), None
 
 
 def add_adapters(tower: nn.Module, *, rank: int, alpha: float, dropout: float, targets: tuple[str, ...] | None) -> None:
