@@ -250,6 +250,13 @@ def test_a_goal_that_the_scene_does_not_allow_can_be_ignored_but_not_followed():
     assert any(line.startswith("swapped: these scenes do not allow the goal") for line in explanation(probes))
 
 
+def test_an_episode_that_reached_two_goals_did_not_follow():
+    both = [("A", {"A": 1.0, "B": 1.0}, ("B", "A")), *reach(True)]
+    probes = hand_made(asked=both, swapped=both)
+    assert (share_following(probes)["count"], share_following(probes)["trials"]) == (2, 4)
+    assert goal_summary(probes["asked"].episodes)["followed_share"]["count"] == 1
+
+
 @pytest.mark.parametrize(
     ("asked", "other", "verdict"),
     [
