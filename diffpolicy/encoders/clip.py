@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from diffpolicy.encoders.clip_config import RESAMPLED, ClipConfig, chosen_layers, crop_size, square_side
 from diffpolicy.encoders.parts import GOAL_PART, STATE_PART, Features, Part, PartsToCondition, part_of
-from diffpolicy.encoders.resampler import AttentionPool, PerceiverResampler
+from diffpolicy.encoders.resampler import AttentionPool, Keypoints, PerceiverResampler
 from diffpolicy.encoders.resnet import crop_frames
 from diffpolicy.encoders.state import concatenate_states, take_observation
 from diffpolicy.spec import EMBEDDING, GOAL_IMAGE, IMAGES, TASK, Condition, DataSpec, Observation, unknown_name
@@ -87,7 +87,8 @@ class ClipEncoder(nn.Module):
                 )
 
         embed_dim = self.architecture["model"]["embed_dim"]
-        num_image_tokens, image_dim, self.resampler = 1, embed_dim, None
+        vector_dim, num_image_tokens, image_dim = embed_dim, 1, embed_dim
+        self.resampler = self.keypoints = None
         if towers.image is not None:
             self.image_size = square_side(towers.image.image_size, config.model)
             self.crop_sizes = {key: crop_size(config, key, spec.fields[key].shape) for key in self.picture_keys}
@@ -97,6 +98,11 @@ class ClipEncoder(nn.Module):
                 self.image_layers = chosen_layers(config, self.num_layers)
                 image_dim *= len(self.image_layers)
                 self.patch_shape = (num_image_tokens, image_dim)
+            if config.image == "keypoints":
+                sizes = {"num_patches": num_image_tokens, "num_keypoints": config.num_keypoints}
+                self.keypoints = Keypoints(image_dim, **sizes)
+                vector_dim += 2 * config.num_keypoints
+                num_image_tokens, image_dim = 1, vector_dim
             if config.image in RESAMPLED:
                 sizes = {"num_tokens": config.num_image_tokens, "dim": config.token_dim}
                 if config.image == "attention_pool":
@@ -126,7 +132,7 @@ class ClipEncoder(nn.Module):
                     framed=True,
                 )
             )
-        picture = (embed_dim, num_image_tokens, image_dim)
+        picture = (vector_dim, num_image_tokens, image_dim)
         parts += [
             Part(key, "image", obs_horizon, *picture, config.camera_dropout, framed=True) for key in spec.image_keys
         ]
@@ -260,8 +266,10 @@ class ClipEncoder(nn.Module):
             return self._embed_image(tower, pixels, patches=True, layers=self.image_layers)
 
     def image_features(self, key: str, pooled: Tensor, patches: Tensor | None) -> Features:
-        """What `look` found in B * num_frames pictures of a role, resampled where configured."""
-        if patches is None:
+        """What `look` found in B * num_frames pictures of a role, as keypoints or resampled where configured."""
+        if self.keypoints is not None:
+            pooled = torch.cat([pooled, self.keypoints(patches).flatten(1)], dim=-1)  # (N, E + 2 K)
+        if patches is None or self.keypoints is not None:
             tokens = pooled.unsqueeze(1)
         else:
             tokens = patches if self.resampler is None else self.resampler(patches)
@@ -326,7 +334,9 @@ class ClipEncoder(nn.Module):
         """Instructions -> pooled (n, E), tokens (n, C, W) with their mask (n, C); pooled as the one token (n, 1, E) unless
         text=tokens."""
         ids = torch.stack([self.tokenizer(self.config.prompt.replace("{}", task)) for task in tasks])
-        ids = self._without_padding(self.text_tower, ids)  # (n, L), on the CPU still: its length is known without waiting
+        ids = self._without_padding(
+            self.text_tower, ids
+        )  # (n, L), on the CPU still: its length is known without waiting
         with self._reading(self.text_tower, ids.shape[1]):
             if self.config.text == "tokens":
                 pooled, words, mask = self._embed_text(self.text_tower, ids.to(device))

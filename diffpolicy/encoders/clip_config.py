@@ -8,7 +8,7 @@ from typing import Any
 
 from diffpolicy.spec import unknown_name
 
-IMAGE_FEATURES = ("pooled", "patch_tokens", "all_layers", "attention_pool", "perceiver")
+IMAGE_FEATURES = ("pooled", "keypoints", "patch_tokens", "all_layers", "attention_pool", "perceiver")
 RESAMPLED = ("attention_pool", "perceiver")
 LAYERED = ("all_layers", *RESAMPLED)
 """Those of IMAGE_FEATURES that bring patches down to a few tokens, and that can look at any layer."""
@@ -26,7 +26,8 @@ class ClipConfig:
     pretrained: str | None = None
     """A tag of open_clip (fetched when training starts) or a file of weights; None: random, or those of the repository."""
     image: str = "pooled"
-    """`pooled`: one vector per frame and camera. Else also tokens: `patch_tokens`, the last layer's patches; `all_layers`, for
+    """`pooled`: one vector per frame and camera; `keypoints`: and in it the places of num_keypoints learned things, which a tower
+    without weights learns many times faster. Else the pooled vector and tokens: `patch_tokens`, the last layer's patches; `all_layers`, for
     each patch what all layers say of it, side by side; `attention_pool` and `perceiver`, num_image_tokens that look at the
     patches once, or in resampler_depth layers."""
     image_layers: tuple[int, ...] | None = None
@@ -34,6 +35,8 @@ class ClipConfig:
     attention_pool and perceiver."""
     num_image_tokens: int = 16
     """Tokens per frame and camera of attention_pool and perceiver."""
+    num_keypoints: int = 32
+    """Places per frame and camera of keypoints."""
     resampler_depth: int = 2
     """Layers of perceiver."""
     share_towers: bool = True
@@ -98,7 +101,15 @@ class ClipConfig:
             raise unknown_name("encoder.text_tuning", self.text_tuning, TUNINGS)
         if self.prompt.count("{}") != 1:
             raise ValueError(f"encoder.prompt must hold {{}} once, where the instruction goes, got {self.prompt!r}")
-        for name in ("num_tuned_blocks", "image_size", "token_dim", "num_image_tokens", "resampler_depth", "lora_rank"):
+        for name in (
+            "num_tuned_blocks",
+            "image_size",
+            "token_dim",
+            "num_image_tokens",
+            "num_keypoints",
+            "resampler_depth",
+            "lora_rank",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"encoder.{name} must be at least 1, got {getattr(self, name)}")
         if self.lr_scale is not None and self.lr_scale <= 0:
@@ -129,6 +140,7 @@ class ClipConfig:
         looked_at = {
             "image_layers": (self.image in LAYERED, image),
             "num_image_tokens": (self.image in RESAMPLED, image),
+            "num_keypoints": (self.image == "keypoints", image),
             "resampler_depth": (self.image == "perceiver", image),
             "num_tuned_blocks": ("last_n" in tunings, tuning),
             "gradient_checkpointing": (tunings != {"frozen"}, tuning),

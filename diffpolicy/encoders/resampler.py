@@ -1,7 +1,8 @@
-"""Many patches -> a few tokens: learned queries that look at the patches of one picture, once or in several layers.
+"""Many patches -> few numbers: learned queries that look at the patches of one picture, or places where learned things are.
 
     patches (N, P, W) -- Linear --> (N, P, D) --+-- attention_pool: K queries, one look ---------------> tokens (N, K, D)
                                                 +-- perceiver: K latents, `depth` looks with an MLP each -> tokens (N, K, D)
+    patches (N, P, W) -- K maps, softmax over P --> mean place of each: keypoints (N, K, 2)
 
 A ViT's patches carry their position from its first layer on, so that none is added here.
 """
@@ -17,6 +18,8 @@ HEAD_DIM = 64
 QUERY_STD = 0.02
 """Spread of the queries at the start, GPT-2's."""
 MLP_RATIO = 4
+SHARPNESS = 3.0
+"""Spread of a keypoint's logits over the patches at the start: a few patches win, and where they are already matters."""
 
 
 class LookAt(nn.Module):
@@ -92,3 +95,28 @@ class PerceiverResampler(nn.Module):
         for layer in self.layers:
             latents = layer(latents, patches)
         return self.out_norm(latents)
+
+
+class Keypoints(nn.Module):
+    """Where in the picture each of K learned things is: the mean place of the patches under a softmax map.
+
+    Spatial softmax of Levine et al. 2016, arXiv:1504.00702, section 5.1, over a ViT's patches in place of a convolution's
+    pixels. A place is read off directly, where pooling has to learn how positions are written; from nothing that takes a
+    fraction of the steps.
+    """
+
+    def __init__(self, in_dim: int, *, num_patches: int, num_keypoints: int):
+        super().__init__()
+        side = round(num_patches**0.5)
+        assert side * side == num_patches, num_patches  # towers see squares
+        self.maps = nn.Linear(in_dim, num_keypoints)
+        nn.init.normal_(self.maps.weight, std=in_dim**-0.5)  # patches come from a norm: logits of spread 1
+        nn.init.zeros_(self.maps.bias)
+        ends = torch.linspace(-1, 1, side)
+        rows, columns = torch.meshgrid(ends, ends, indexing="ij")
+        self.register_buffer("places", torch.stack([columns, rows], dim=-1).flatten(0, 1), persistent=False)  # (P, 2)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(N, P, in_dim) -> (N, K, 2): columns and rows, -1 at the left and at the top, 1 at the right and at the bottom."""
+        weights = (SHARPNESS * self.maps(patches)).softmax(dim=1)  # (N, P, K)
+        return weights.transpose(1, 2) @ self.places.to(weights.dtype)

@@ -99,6 +99,18 @@ def test_global_vector_is_state_and_images_of_each_frame_and_then_the_words():
     torch.testing.assert_close(seen, pictures[WRIST].vector)  # one tower for all cameras
 
 
+def test_keypoints_stand_in_the_vector_and_in_the_one_token_of_a_picture():
+    encoder, obs = build(TWO, image="keypoints", num_keypoints=5), observation(TWO)
+    assert encoder.cond.global_dim == 2 * (3 + 2 * (64 + 10)) + 64
+    assert encoder.cond.kinds == ("state",) * 2 + ("image",) * 4 + ("text",)
+    found = encoder.embed_images(obs, [TOP])[TOP]
+    assert torch.equal(found.tokens, found.vector.unsqueeze(2)) and found.vector.shape == (3, 2, 74)
+    plain = build(TWO)
+    plain.image_tower.load_state_dict(encoder.image_tower.state_dict())
+    torch.testing.assert_close(found.vector[..., :64], plain.embed_images(obs, [TOP])[TOP].vector)
+    assert found.vector[..., 64:].abs().max() <= 1
+
+
 def test_all_cameras_and_frames_pass_the_tower_at_once():
     encoder = build(TWO)
     calls = count_calls(encoder.image_tower)

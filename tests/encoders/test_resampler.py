@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffpolicy.encoders.resampler import AttentionPool, LookAt, PerceiverResampler
+from diffpolicy.encoders.resampler import AttentionPool, Keypoints, PerceiverResampler
 
 P, W, K, D = 10, 12, 3, 16
 
@@ -96,3 +96,21 @@ def test_one_look_is_multihead_attention_of_torch():
         torch_own.out_proj.load_state_dict(look.out.state_dict())
     queries, context = torch.randn(2, K, 128), torch.randn(2, P, 128)
     torch.testing.assert_close(look(queries, context), torch_own(queries, context, context)[0])
+
+
+def test_keypoint_lies_where_its_thing_is():
+    keypoints = Keypoints(2, num_patches=16, num_keypoints=2)
+    with torch.no_grad():
+        keypoints.maps.weight.copy_(10 * torch.eye(2))
+    seen = torch.zeros(1, 4, 4, 2)
+    seen[0, 0, 3, 0] = 1  # the first thing: top right
+    seen[0, 2, 1, 1] = 1  # the second: third row, second column
+    places = keypoints(seen.flatten(1, 2))
+    torch.testing.assert_close(places, torch.tensor([[[1.0, -1.0], [-1 / 3, 1 / 3]]]), atol=1e-4, rtol=0)
+
+
+def test_keypoints_begin_apart():
+    torch.manual_seed(0)
+    patches = torch.nn.functional.layer_norm(torch.randn(8, 64, 32), (32,))
+    places = Keypoints(32, num_patches=64, num_keypoints=16)(patches)
+    assert places.std(dim=1).mean() > 0.1 and places.abs().max() <= 1
