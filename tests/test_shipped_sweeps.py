@@ -22,28 +22,29 @@ NUM_CELLS = {
     "time_density": 15,
     "horizons": 10,
     "guidance": 14,
+    "fusion": 12,
 }
 """Cells of the full forms."""
 
 
 @pytest.fixture(scope="module")
-def pusht_store(tmp_path_factory) -> Path:
-    """A store with the keys of the Push-T demonstrations and numbers that mean nothing."""
+def any_store(tmp_path_factory) -> Path:
+    """A store with the keys of the Push-T demonstrations, those of tabletop_language, and numbers that mean nothing."""
     pytest.importorskip("gym_pusht")
-    path, rng = tmp_path_factory.mktemp("store") / "pusht.zarr", np.random.default_rng(0)
-    shapes = {"state": (5,), "keypoint": (9, 2), "action": (2,)}
-    with ReplayBuffer.create(
-        path, fields={k: FieldSpec(shape=s, dtype="float32") for k, s in shapes.items()}, fps=10
-    ) as b:
+    path, rng = tmp_path_factory.mktemp("store") / "any.zarr", np.random.default_rng(0)
+    shapes = {"state": (5,), "keypoint": (9, 2), "action": (2,), "observation.state": (2,)}
+    fields = {k: FieldSpec(shape=s, dtype="float32") for k, s in shapes.items()}
+    fields["observation.images.top"] = FieldSpec(shape=(64, 64, 3), dtype="uint8")
+    with ReplayBuffer.create(path, fields=fields, fps=10) as b:
         for _ in range(3):
-            rows = {k: rng.uniform(0, 512, (40, *s)).astype(np.float32) for k, s in shapes.items()}
+            rows = {k: rng.uniform(0, 255, (40, *f.shape)).astype(f.dtype) for k, f in fields.items()}
             b.append_episode(rows, task="push the T to the centre")
     return path
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
-def test_full_form_can_be_built_to_the_last_cell(path, pusht_store, tmp_path):
-    sweep = load_sweep(path, data=pusht_store)
+def test_full_form_can_be_built_to_the_last_cell(path, any_store, tmp_path):
+    sweep = load_sweep(path, data=any_store)
     plan = plan_sweep(sweep, tmp_path)
     assert len(plan.cells) == NUM_CELLS[path.stem] and plan.duplicates == {}
     assert len(sweep.seeds) >= 3 and sweep.episodes >= 200 and sweep.first_env_seed >= 100_000

@@ -380,21 +380,23 @@ def test_denoiser_can_be_exported(fusion):
 # --- the files of conf/fusion ---
 
 
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory):
-    """File of conf/fusion -> the config it gives on a task with a camera."""
-    task = tmp_path_factory.mktemp("task") / "task.yaml"
-    task.write_text("encoder: {name: clip, model: diffpolicy-tiny}\nhorizons: {obs: 2, pred: 16, act: 8}\n")
-    return {file.stem: load_config([task, file]) for file in FUSION_FILES}
+HORIZONS = {"as the task has them": [], "longer": ["horizons.obs=2", "horizons.pred=16", "horizons.act=8"]}
+
+
+@pytest.fixture(scope="module", params=HORIZONS)
+def configs(request):
+    """File of conf/fusion -> the config it gives for pushing blocks as words say, from pictures."""
+    task = CONF / "task" / "tabletop_language.yaml"
+    return {file.stem: load_config([task, file], HORIZONS[request.param]) for file in FUSION_FILES}
 
 
 @pytest.fixture(scope="module")
 def policies(configs):
-    """And the policy, for pictures of 64x64, two numbers of state, and words."""
+    """And the policy, for pictures of 64x64 and two numbers of state."""
     spec = DataSpec(
         fields={
-            "observation.state": FieldSpec(shape=(2,), dtype="float32"),
             "observation.images.top": FieldSpec(shape=(64, 64, 3), dtype="uint8"),
+            "observation.state": FieldSpec(shape=(2,), dtype="float32"),
             "action": FieldSpec(shape=(2,), dtype="float32"),
         },
         fps=10,
@@ -414,8 +416,8 @@ def test_files_give_the_fusions_of_their_names_and_patches_where_tokens_are_look
     assert type(policies["film"].denoiser).__name__ == "ConditionalUnet1d"
     for name in set(policies) - {"film"}:
         assert policies[name].denoiser.fusion == name.removesuffix("_dit")
-        num_tokens = policies[name].encoder.cond.num_tokens
-        assert num_tokens == (2 * (1 + 64) + 1 if name in TOKEN_FUSIONS else 5)
+        num_frames, patches = policies[name].horizons.obs, 64 if name in TOKEN_FUSIONS else 1
+        assert policies[name].encoder.cond.num_tokens == num_frames * (1 + patches) + 1
 
 
 def test_fusions_are_trained_in_the_same_way(configs):
