@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffpolicy.encoders.resampler import AttentionPool, Keypoints, PerceiverResampler
+from diffpolicy.encoders.resampler import AttentionPool, Keypoints, LookAt, PerceiverResampler
 
 P, W, K, D = 10, 12, 3, 16
 
