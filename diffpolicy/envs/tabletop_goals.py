@@ -33,8 +33,10 @@ BESIDE_DISTANCE, BESIDE_RADIUS = 90.0, 36.0
 MOVED = 30.0
 MIN_WAY = 40.0
 """Least way of an asked block to where its goal begins, px."""
-TOLERANCE = 10.0
+TOLERANCE = 6.0
 """By how much a push may miss its line without reaching another goal than the asked one, px."""
+NUM_POINTS = 16
+"""Points on a block's way at which this is looked at."""
 
 BLOCKS, ZONES = tuple(BLOCK_COLOURS), tuple(ZONE_COLOURS)
 SHAPES = MappingProxyType({"red": "square", "blue": "disc", "yellow": "triangle", "purple": "diamond"})
@@ -175,11 +177,11 @@ def _edge_gaps(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(to_edge - EDGE_REACH, 0.0), in_corner[..., [1, 1, 0, 0]]  # at the left edge, y tells of corners
 
 
-def goals_without_obstacle(block_xy: np.ndarray, zone_xy: np.ndarray, *, behind: float, reach: float) -> np.ndarray:
-    """Which goals a straight push from these starts reaches: (80,) bool, in the order of GOALS.
+def allowed_goals(block_xy: np.ndarray, zone_xy: np.ndarray, *, behind: float, reach: float) -> np.ndarray:
+    """Which goals this scene allows: (80,) bool, in the order of GOALS.
 
-    Asked for are a way of at least MIN_WAY, room for block and pusher beside the others, and that the block reaches no
-    other of its goals where it arrives.
+    A straight push reaches them: over at least MIN_WAY, with room for block and pusher beside the other blocks. And no
+    allowed goal is met on the way to another, so that a block which goes where it is told reaches that goal alone.
 
     Args:
         behind: distance from block to pusher, centre to centre, where a push begins, px.
@@ -208,6 +210,19 @@ def goals_without_obstacle(block_xy: np.ndarray, zone_xy: np.ndarray, *, behind:
     share[:, len(ZONES) : len(ZONES) + len(EDGES)] = np.maximum(
         too_far / (too_far + beyond), in_corner / (in_corner + CORNER_MARGIN)
     )
-    arrivals = starts + share[..., None] * way  # (4, 20, 2)
-    alone = (shortfalls(arrivals, block_xy, zone_xy) <= TOLERANCE).sum(-1) == 1  # its own
-    return (free & on_table & alone & (missing >= MIN_WAY)).reshape(-1)
+    steps = np.linspace(0.0, 1.0, NUM_POINTS)[:, None] * share[:, :, None, None]  # (4, 20, NUM_POINTS, 1)
+    points = starts[:, :, None] + steps * way[:, :, None]  # from the start to there, (4, 20, NUM_POINTS, 2)
+    near = shortfalls(points.reshape(len(BLOCKS), -1, 2), block_xy, zone_xy).reshape(*points.shape[:3], -1) <= TOLERANCE
+    near[:, range(near.shape[1]), :, range(near.shape[1])] = False  # its own goal does not count
+    pushed = (steps * length[:, :, None])[..., 0] >= MOVED - TOLERANCE  # (4, 20, NUM_POINTS)
+    met = (near & pushed[..., None]).any(2)  # (4, 20 goals, 20 goals that the block meets on the way)
+    possible = free & on_table & (missing >= MIN_WAY)
+    return np.concatenate([_undisturbed(*of_block) for of_block in zip(possible, met, length[..., 0], strict=True)])
+
+
+def _undisturbed(possible: np.ndarray, met: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Goals of one block, (20,) bool each, none of which is met on the way to another: zones first, and near before far."""
+    chosen = np.zeros(len(possible), dtype=bool)
+    for k in sorted(np.flatnonzero(possible), key=lambda k: (k >= len(ZONES), k >= len(ZONES) + len(EDGES), length[k])):
+        chosen[k] = not (met[k] & chosen).any() and not (met[:, k] & chosen).any()
+    return chosen

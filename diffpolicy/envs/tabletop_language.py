@@ -34,7 +34,7 @@ from diffpolicy.envs.tabletop_goals import (
     WORDINGS,
     ZONE_RADIUS,
     ZONES,
-    goals_without_obstacle,
+    allowed_goals,
     shortfalls,
     targets,
 )
@@ -74,7 +74,7 @@ class TabletopLanguageConfig:
     swap: bool = False
     """Ask for another goal than without swap, in the same scene."""
     max_steps: int = 60
-    """Steps after which an episode is truncated; a demonstration takes about 16."""
+    """Steps after which an episode is truncated; a demonstration takes about 20."""
     pixels: bool = False
     """Also observe the table from above, in colour."""
     goal_image: bool = False
@@ -106,7 +106,8 @@ class TabletopLanguageEnv(LanguageEnv):
     The reward of a goal is the share of the block's way there that is done: 1 where it is reached.
 
     The scene of a seed is the first, of those that its stream draws, that allows MIN_TRAIN_GOALS goals of demonstrations
-    and MIN_HELD_OUT_GOALS others; with `goal`, also that one. A goal is allowed where a straight push reaches it.
+    and MIN_HELD_OUT_GOALS others; with `goal`, also that one. A goal is allowed where a straight push reaches it, and
+    no other allowed one on the way.
     """
 
     fps = 10.0
@@ -263,7 +264,7 @@ class TabletopLanguageEnv(LanguageEnv):
             blocks = rng.uniform(BLOCK_INSET, TABLE - BLOCK_INSET, (len(BLOCKS), 2))
             if not _apart(blocks, zones):
                 continue
-            allowed = goals_without_obstacle(blocks, zones, behind=CLEARANCE, reach=BLOCK_REACH)
+            allowed = allowed_goals(blocks, zones, behind=CLEARANCE, reach=BLOCK_REACH)
             num_held_out = int(allowed[_IS_HELD_OUT].sum())
             if allowed.sum() - num_held_out < MIN_TRAIN_GOALS or num_held_out < MIN_HELD_OUT_GOALS:
                 continue
@@ -299,9 +300,11 @@ class TabletopLanguageEnv(LanguageEnv):
             raise ValueError(f"wording must be an integer in [0, {len(sentences) - 1}], got {wording}")
         poses, starts, zones = np.split(state[4:-2], [4 * len(BLOCKS), 6 * len(BLOCKS)])
         starts, zones = starts.reshape(-1, 2), zones.reshape(-1, 2)
-        allowed = np.flatnonzero(goals_without_obstacle(starts, zones, behind=CLEARANCE, reach=BLOCK_REACH))
+        allowed = np.flatnonzero(allowed_goals(starts, zones, behind=CLEARANCE, reach=BLOCK_REACH))
         if asked not in allowed:
-            raise ValueError(f"asked_goal {NAMES[int(asked)]!r} is not one that a straight push reaches in this scene")
+            raise ValueError(
+                f"asked_goal {NAMES[int(asked)]!r} is not one that this scene allows: a straight push does not reach it alone"
+            )
         self.start_xy, self.zone_xy, self._allowed = starts, zones, allowed
         self.asked, self._wording = int(asked), int(wording)
         self.goal, self.task = NAMES[self.asked], sentences[self._wording]
