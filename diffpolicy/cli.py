@@ -246,6 +246,15 @@ def rollout(
             show_default=False,
         ),
     ] = None,
+    guidance: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART=WEIGHT",
+            help="How much the words (task=2) or the goal image (goal=1.5) count, classifier-free; 1: as trained, 0: not at all. "
+            "Needs a policy trained with encoder.task_dropout or goal_dropout; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     act: Annotated[
         int | None, typer.Option(help="Actions executed per chunk, T_act; default: as trained.", show_default=False)
     ] = None,
@@ -321,6 +330,7 @@ def rollout(
         "spacing": spacing,
         "clip": clip,
         "sampler_options": sampler_option or [],
+        "guidance": guidance or [],
         "act": act,
         "num_envs": envs,
         "num_workers": workers,

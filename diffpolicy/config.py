@@ -209,6 +209,16 @@ def changed_sampler(sampler: SamplerConfig, options: Sequence[str]) -> SamplerCo
     return _build(SamplerConfig, _without_tuples(dataclasses.asdict(sampler)) | given, "sampler", {})
 
 
+def changed_guidance(guidance: GuidanceConfig, options: Sequence[str]) -> GuidanceConfig:
+    """The guidance with `part=weight` texts applied (`task=2`), checked like a config file."""
+    given: dict = {}
+    for text in options:
+        if "=" not in text:
+            raise ValueError(f"guidance must read part=weight, as in task=2, got {text!r}")
+        _merge(given, _parsed(text))
+    return _build(GuidanceConfig, dataclasses.asdict(guidance) | given, "guidance", {})
+
+
 def env_for(env: Choice, spec: DataSpec) -> Choice:
     """The environment with the pictures switched on that a policy of this spec looks at: cameras, a goal image."""
     wanted = {"pixels": bool(spec.image_keys), "goal_image": bool(spec.goal_keys)}

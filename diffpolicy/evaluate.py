@@ -36,6 +36,7 @@ def evaluate(
     spacing: str | None = None,
     clip: str | float | None = None,
     sampler_options: Sequence[str] = (),
+    guidance: Sequence[str] = (),
     act: int | None = None,
     num_envs: int = 16,
     num_workers: int | None = None,
@@ -49,7 +50,7 @@ def evaluate(
     """Rolls a checkpoint out over `episodes` seeds from `seed` on; returns the result and the folder it was written to.
 
     What is None stays as the checkpoint was trained. `clip` is a number, or "none" for no clipping; sampler_options are
-    further settings of the sampler, each as `temperature=0.5`.
+    further settings of the sampler, each as `temperature=0.5`, guidance weights of words and goal, each as `task=2`.
 
     Raises:
         ValueError, FileNotFoundError: a checkpoint, environment or option that does not fit, before anything runs.
@@ -64,6 +65,7 @@ def evaluate(
         spacing=spacing,
         clip=clip,
         sampler_options=sampler_options,
+        guidance=guidance,
         act=act,
         batch_size=batch_size,
         device=device,

@@ -18,7 +18,7 @@ import torch
 
 from diffpolicy import __version__
 from diffpolicy.checkpoint import find_checkpoint, load_policy, read_description, resolve_device
-from diffpolicy.config import Choice, changed_sampler, choose, config_from_dict, env_for
+from diffpolicy.config import Choice, changed_guidance, changed_sampler, choose, config_from_dict, env_for
 from diffpolicy.envs import ENVIRONMENTS
 from diffpolicy.executors import EXECUTORS, RecedingHorizon
 from diffpolicy.policies import DiffusionPolicy
@@ -45,6 +45,7 @@ class Prepared:
             "seed": seed,
             "sampling_seed": sampling_seed,
             "sampler": dataclasses.asdict(self.policy.sampler),
+            "guidance": dataclasses.asdict(self.policy.guidance),
             "labels": [finding.label for finding in self.policy.findings()],
             "horizons": dataclasses.asdict(self.policy.horizons),
             "device": torch.cuda.get_device_name()
@@ -67,6 +68,7 @@ def prepare(
     spacing: str | None = None,
     clip: str | float | None = None,
     sampler_options: Sequence[str] = (),
+    guidance: Sequence[str] = (),
     act: int | None = None,
     batch_size: int | None = None,
     device: str = "auto",
@@ -93,6 +95,7 @@ def prepare(
     if steps is not None and policy.sampler.num_inference_steps != steps:
         calls = policy.sampler.num_inference_steps
         warnings.warn(f"--steps {steps} is ignored: {policy.sampler.name} always makes {calls}", stacklevel=3)
+    policy.use_guidance(changed_guidance(policy.guidance, guidance))
     if act is not None:
         policy.horizons = dataclasses.replace(policy.horizons, act=act)
     batch_size = batch_size or (64 if device.startswith("cuda") else 16)
