@@ -17,12 +17,12 @@ TABLE_COLOUR, RAIL_COLOUR = (240, 238, 232), (214, 211, 203)
 PUSHER_COLOUR, TARGET_COLOUR = (34, 34, 40), (230, 0, 120)
 
 
-def empty_table(size: int) -> np.ndarray:
+def empty_table(size: int, colour=TABLE_COLOUR, rail_colour=RAIL_COLOUR) -> np.ndarray:
     """The bare table with its rail, uint8 (size, size, 3)."""
     picture = np.empty((size, size, 3), dtype=np.uint8)
-    picture[:] = TABLE_COLOUR
+    picture[:] = colour
     centre, half = (TABLE / 2, TABLE / 2), TABLE / 2 - RAIL_INSET
-    paint_square(picture, size / TABLE, centre, half, 0.0, RAIL_COLOUR, ring=2.5)
+    paint_square(picture, size / TABLE, centre, half, 0.0, rail_colour, ring=2.5)
     return picture
 
 

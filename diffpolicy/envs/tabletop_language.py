@@ -58,6 +58,13 @@ BLOCK_GAP = 120.0
 """Least distance of two blocks at the start, centre to centre."""
 MIN_TRAIN_GOALS, MIN_HELD_OUT_GOALS = 8, 2
 """Goals that every scene allows at least."""
+TABLES = MappingProxyType(
+    {
+        "light": (table_picture.TABLE_COLOUR, table_picture.RAIL_COLOUR, table_picture.PUSHER_COLOUR),
+        "grey": ((122, 116, 104), (104, 99, 88), (250, 250, 250)),
+    }
+)
+"""Colours of table, rail and pusher. The grey is the mean colour that CLIP's towers take off, so that the table is 0 to them."""
 SCENE_STREAM, GOAL_STREAM, WORDS_STREAM = 0, 1, 2
 """What seeds the draws of scene, goal and wording, besides the seed of the episode."""
 MAX_SCENES = 10_000
@@ -79,6 +86,8 @@ class TabletopLanguageConfig:
     """Also observe the table from above, in colour."""
     goal_image: bool = False
     """Also observe a picture of the scene with the asked block where it belongs, the same at every step."""
+    table: str = "light"
+    """Colour of the table: `light`, as the tabletop's; `grey`: far easier to see things on for a tower without weights."""
     image_size: int = 64
     """Height and width of the observed image and of the goal image, pixels."""
     render_size: int = 384
@@ -87,7 +96,11 @@ class TabletopLanguageConfig:
     def __post_init__(self):
         if self.goal and self.goal not in NAMES:
             raise unknown_name("env.goal", self.goal, NAMES)
-        for name, known in (("goals", ("train", "held_out", "all")), ("wordings", ("seen", "unseen", "first"))):
+        for name, known in (
+            ("goals", ("train", "held_out", "all")),
+            ("wordings", ("seen", "unseen", "first")),
+            ("table", TABLES),
+        ):
             if getattr(self, name) not in known:
                 raise unknown_name(f"env.{name}", getattr(self, name), known)
         for name in ("max_steps", "image_size", "render_size"):
@@ -336,8 +349,9 @@ class TabletopLanguageEnv(LanguageEnv):
     def _draw(self, size: int, pusher_xy: np.ndarray, block_xy: np.ndarray) -> np.ndarray:
         """The scene as uint8 (size, size, 3), anti-aliased; what does not move is painted once an episode."""
         scale = size / TABLE
+        table_colour, rail_colour, pusher_colour = TABLES[self.config.table]
         if size not in self._backgrounds:
-            self._backgrounds[size] = table_picture.empty_table(size)
+            self._backgrounds[size] = table_picture.empty_table(size, table_colour, rail_colour)
             for name, xy in zip(ZONES, self.zone_xy, strict=True):
                 table_picture.paint_zone(self._backgrounds[size], scale, xy, ZONE_RADIUS, ZONE_COLOURS[name])
         picture = self._backgrounds[size].copy()
@@ -346,7 +360,7 @@ class TabletopLanguageEnv(LanguageEnv):
         paint_disc(picture, scale, blue, DISC_RADIUS, BLOCK_COLOURS["blue"])
         paint_polygon(picture, scale, yellow, TRIANGLE, BLOCK_COLOURS["yellow"])
         paint_polygon(picture, scale, purple, DIAMOND, BLOCK_COLOURS["purple"])
-        paint_disc(picture, scale, pusher_xy, PUSHER_RADIUS, table_picture.PUSHER_COLOUR)
+        paint_disc(picture, scale, pusher_xy, PUSHER_RADIUS, pusher_colour)
         return picture
 
     def _draw_goal_image(self) -> np.ndarray:

@@ -311,6 +311,18 @@ def test_every_block_zone_and_the_pusher_are_seen_where_they_are(size):
             assert np.abs(image[int(y * scale), int(x * scale)] - colour).max() <= 2
 
 
+def test_grey_table_changes_colours_and_nothing_else():
+    light, grey = make(pixels=True), make(pixels=True, table="grey")
+    for seed in range(3):
+        ours, theirs = light.reset(seed=seed)[0], grey.reset(seed=seed)[0]
+        assert np.array_equal(light.get_state(), grey.get_state())
+        (x, y), image = grey.pusher_xy * 64 / 512, theirs[TOP_CAMERA]
+        assert np.array_equal(image[0, 0], (122, 116, 104)) and np.array_equal(image[int(y), int(x)], (250, 250, 250))
+        assert np.array_equal(ours[TOP_CAMERA][0, 0], TABLE_COLOUR)
+        for name, (bx, by) in zip(BLOCKS, grey.block_xy * 64 / 512, strict=True):
+            assert np.abs(image[int(by), int(bx)].astype(int) - BLOCK_COLOURS[name]).max() <= 2
+
+
 def test_shapes_can_be_told_apart_without_their_colours():
     image = make(pixels=True, image_size=512).reset(seed=0)[0][TOP_CAMERA].astype(int)
     areas = {name: int((np.abs(image - BLOCK_COLOURS[name]).max(-1) <= 2).sum()) for name in BLOCKS}
@@ -339,6 +351,8 @@ def test_wrong_choice_is_refused_by_name():
         make(goal="push the red blok to the green zone")
     with pytest.raises(ValueError, match=r"env\.goals must be one of .*'heldout'.* Did you mean 'held_out'"):
         make(goals="heldout")
+    with pytest.raises(ValueError, match=r"env\.table must be one of \['grey', 'light'\], got 'gray'"):
+        make(table="gray")
     with pytest.raises(ValueError, match=r"env\.wordings"):
         make(wordings="all")
     with pytest.raises(ValueError, match=r"env\.image_size must be at least 1"):
