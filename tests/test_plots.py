@@ -4,7 +4,22 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from diffpolicy.plots import GREEN, RED, chunk_fan, contact_sheet, score_against, side_by_side, write_film, write_png
+from diffpolicy.plots import (
+    DARKEST,
+    FAN_COLOURS,
+    GREEN,
+    RED,
+    WORD_COLOUR,
+    attention_overlay,
+    chunk_fan,
+    chunk_fans,
+    contact_sheet,
+    score_against,
+    side_by_side,
+    weighted_words,
+    write_film,
+    write_png,
+)
 
 
 def flat(colour: tuple[int, int, int], size: int = 20) -> np.ndarray:
@@ -53,6 +68,54 @@ def test_chunk_fan_shows_both_modes():
     up, down = (np.stack([np.linspace(10, 50, 8), 30 + sign * np.linspace(0, 20, 8)], axis=-1) for sign in (-1, 1))
     changed = (chunk_fan(flat((255, 255, 255), size=60), np.stack([up, down])) != 255).any(axis=-1)
     assert changed[10, 45:55].any() and changed[50, 45:55].any() and not changed[30, 40:].any()
+
+
+def test_chunk_fans_give_each_heading_its_colour_and_a_line_of_text():
+    right = np.stack([np.linspace(10, 50, 8), np.full(8, 10.0)], axis=-1)
+    down = np.stack([np.full(8, 10.0), np.linspace(20, 50, 8)], axis=-1)
+    drawn = chunk_fans(flat((255, 255, 255), size=60), {"right": right[None], "down": down[None]})
+    assert drawn.shape == (60 + 2 * 20, 60, 3)
+    for (y, x), colour in zip(((10, 30), (35, 10)), FAN_COLOURS, strict=False):
+        assert np.abs(np.subtract(drawn[y, x], colour, dtype=int)).max() < 40  # smoothed
+    assert (drawn[60:80] != 255).any() and (drawn[80:] != 255).any()
+
+
+def test_more_fans_than_colours_are_refused():
+    with pytest.raises(ValueError, match="fans must have 1 to 3 headings"):
+        chunk_fans(flat((0, 0, 0)), {str(i): np.zeros((1, 2, 2)) for i in range(4)})
+
+
+def test_attention_overlay_lights_the_heaviest_patch_and_darkens_the_rest():
+    weights = np.array([[0.0, 0.2], [0.1, 0.0]])  # rows from the top, columns from the left
+    lit = attention_overlay(flat((200, 100, 0)), weights)
+    levels = [1.0, DARKEST + (1 - DARKEST) / 2, DARKEST]
+    corners = (lit[0, 19], lit[19, 0], lit[0, 0])
+    assert [tuple(corner) for corner in corners] == [(round(200 * k), round(100 * k), 0) for k in levels]
+
+
+def test_attention_overlays_of_one_scale_can_be_compared():
+    weights = np.full((2, 2), 0.1)
+    alone, among = (attention_overlay(flat((200, 200, 200)), weights, largest=k) for k in (None, 0.2))
+    assert (alone[0, 0, 0], among[0, 0, 0]) == (200, round(200 * (DARKEST + (1 - DARKEST) / 2)))
+
+
+def test_attention_overlay_refuses_what_is_no_grid_of_weights():
+    for weights in (np.full(4, 0.25), np.array([[0.5, -0.1]]), np.array([[np.nan, 0.1]])):
+        with pytest.raises(ValueError, match=r"weights must be \(rows, columns\)"):
+            attention_overlay(flat((0, 0, 0)), weights)
+
+
+def test_weighted_words_colours_the_heaviest_word_of_all_sentences():
+    picture = weighted_words([["push", "red"], ["push"]], [[0.0, 0.5], [0.25]])
+    background = [tuple(picture[y, x]) for y, x in ((9, 9), (9, picture.shape[1] - 10), (53, 9))]
+    halfway = tuple(round((255 + full) / 2) for full in WORD_COLOUR)
+    assert background[:2] == [(255, 255, 255), WORD_COLOUR]
+    assert np.abs(np.subtract(background[2], halfway)).max() <= 1
+
+
+def test_weighted_words_need_a_weight_for_each_word():
+    with pytest.raises(ValueError):
+        weighted_words([["push", "red"]], [[1.0]])
 
 
 def test_side_by_side_keeps_pictures_and_puts_white_between():
