@@ -5,9 +5,12 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
+from safetensors.torch import save_file
 
 from diffpolicy import cli
+from diffpolicy.encoders.clip_weights import known_models
 from diffpolicy.replay import ReplayBuffer
 from diffpolicy.spec import FieldSpec
 
@@ -91,7 +94,11 @@ def test_every_command_and_piece_of_code_runs(folder, monkeypatch, capsys):
     }
     exec(code[0], dict(steps))  # records mine.zarr
     Path("data").mkdir()
-    Path("data/pusht_cchi_v7_replay.zarr").symlink_to(Path("X.zarr").resolve())
+    for name in ("pusht_cchi_v7_replay.zarr", "pusht_keypoint_x356_y356.zarr"):
+        Path("data", name).symlink_to(Path("X.zarr").resolve())
+    known_models()  # open_clip knows ours now
+    weights = open_clip.create_model("diffpolicy-tiny").state_dict()
+    save_file({key: value.contiguous() for key, value in weights.items()}, "clip.safetensors")
     ran = []
     for command in [c for block in blocks("bash") for c in commands(block)]:
         if "conf/task/pusht_state.yaml" in command or "runs/pusht_state/unet" in command:

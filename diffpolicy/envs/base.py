@@ -68,7 +68,7 @@ class LanguageEnv(RobotEnv):
         swap: bool = False       ask for another goal than the one that the same seed asks without swap, in the same scene,
                                  one that this scene allows and that is not fulfilled at the start
 
-    Reward, `terminated` and info["is_success"] are those of the goal that the words ask for. In addition, info of `step` holds
+    Reward, `terminated` and info["is_success"] are those of the goal that the words ask for. In addition, info of `reset` and `step` holds
         goal_rewards    dict: name of each goal that this scene allows -> its reward in [0, 1] now
         goals_reached   tuple: the names of those that are fulfilled now
     """
