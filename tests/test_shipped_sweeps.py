@@ -23,6 +23,7 @@ NUM_CELLS = {
     "horizons": 10,
     "guidance": 14,
     "fusion": 12,
+    "fusion_state": 18,
 }
 """Cells of the full forms."""
 
