@@ -34,6 +34,7 @@ def any_store(tmp_path_factory) -> Path:
     pytest.importorskip("gym_pusht")
     path, rng = tmp_path_factory.mktemp("store") / "any.zarr", np.random.default_rng(0)
     shapes = {"state": (5,), "keypoint": (9, 2), "action": (2,), "observation.state": (2,)}
+    shapes["observation.environment_state"] = (16,)
     fields = {k: FieldSpec(shape=s, dtype="float32") for k, s in shapes.items()}
     fields["observation.images.top"] = FieldSpec(shape=(64, 64, 3), dtype="uint8")
     with ReplayBuffer.create(path, fields=fields, fps=10) as b:
