@@ -85,13 +85,17 @@ class RecedingHorizon:
         """The next action (D_act,) for one robot, physical units: the call inside a control loop.
 
         Args:
-            obs: role -> one frame (...), the newest; the history is kept here.
+            obs: role -> one frame (...), the newest; the history is kept here. A role that one of the T_obs frames lacks is
+                missing, as in plan.
         """
         self._history.append(obs)
         if not self._promised:
             frames = list(self._history)
             frames = [frames[0]] * (self.policy.horizons.obs - len(frames)) + frames
-            kept = {k: frames[-1:] if k in self.policy.spec.goal_keys else frames for k in self._looked_at(obs)}
+            goals = self.policy.spec.goal_keys
+            # a camera that was blind in one of the frames is a missing camera
+            seen = {k: obs[k] for k in obs if k in goals or all(k in frame for frame in frames)}
+            kept = {k: frames[-1:] if k in goals else frames for k in self._looked_at(seen)}
             stacked = {k: np.stack([f[k] for f in frames])[None] for k, frames in kept.items()}
             if TASK in obs:
                 stacked[TASK] = [obs[TASK]]

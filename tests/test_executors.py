@@ -6,7 +6,9 @@ import torch
 
 from diffpolicy.executors import EXECUTORS, RecedingHorizon
 from diffpolicy.rollout import episode_generator
+from diffpolicy.spec import DataSpec, FieldSpec, Horizons
 
+CAMERA = "observation.images.top"
 HORIZONS = {"obs": 3, "pred": 8, "act": 3}
 TRANSFORMER = {"name": "transformer", "width": 16, "depth": 1, "num_heads": 2}
 UNET = {"name": "unet", "down_dims": [8, 16], "kernel_size": 3, "n_groups": 4, "diffusion_step_embed_dim": 8}
@@ -159,3 +161,32 @@ def test_an_observation_that_is_missing_or_of_another_shape_is_named(make_policy
         executor.plan({"observation.state": observations(1)["observation.state"]}, generators(1))
     with pytest.raises(ValueError, match=r"observation.state must be \(B, T_obs=3, 2\), got \(1, 2, 2\)"):
         executor.plan(observations(1, steps=2), generators(1))
+
+
+class Blind:
+    """Stands for a policy of two frames that may miss its camera: notes which roles it was shown."""
+
+    device, droppable = torch.device("cpu"), frozenset({CAMERA})
+    horizons = Horizons(obs=2, pred=2, act=1)
+
+    def __init__(self):
+        fields = {
+            CAMERA: FieldSpec(shape=(4, 4, 3), dtype="uint8"),
+            "observation.state": FieldSpec(shape=(2,), dtype="float32"),
+        }
+        self.spec, self.shown = DataSpec(fields=fields), []
+
+    def sample_actions(self, obs, *, generators=None):
+        self.shown.append(sorted(obs))
+        return torch.zeros(1, 2, 2)
+
+
+def test_a_camera_that_one_frame_lacks_is_missing_until_all_frames_have_it():
+    policy = Blind()
+    executor = RecedingHorizon(policy)
+    blind = {"observation.state": np.zeros(2, np.float32)}
+    seeing = blind | {CAMERA: np.zeros((4, 4, 3), np.uint8)}
+    for frame in (seeing, blind, seeing, seeing):
+        executor.select_action(frame)
+    state = ["observation.state"]
+    assert policy.shown == [[CAMERA, *state], state, state, [CAMERA, *state]]
