@@ -51,7 +51,7 @@ def read_wordings(text: str) -> tuple[str, ...]:
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; @FILE names a text file with one wording on each line")
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()  # some editors mark the beginning
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} must be UTF-8 text, got {error.reason} at byte {error.start}") from error
         wordings = tuple(line.strip() for line in lines if line.strip())

@@ -177,6 +177,12 @@ def test_wordings_are_read_from_text_and_from_files(tmp_path):
     assert read_wordings(f"@{file}") == ("push it", "schieb es über die Linie")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_wording(tmp_path):
+    file = tmp_path / "w.txt"
+    file.write_bytes(b"\xef\xbb\xbfpush it\r\nshove it\r\n")
+    assert read_wordings(f"@{file}") == ("push it", "shove it")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
