@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,6 +178,11 @@ class ResnetEncoder(nn.Module):
         if not spec.image_keys:
             raise ValueError(
                 f"encoder.name=resnet needs a camera, the data has only {sorted(spec.fields)}; use encoder.name=state"
+            )
+        if spec.goal_keys:
+            warnings.warn(
+                f"encoder.name=resnet does not look at {spec.goal_keys}; drop it from data.keys, or use encoder.name=clip",
+                stacklevel=2,
             )
         self.config = config
         self.spec = spec

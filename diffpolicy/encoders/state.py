@@ -60,7 +60,7 @@ class StateEncoder(nn.Module):
 
         frames (B, T_obs, D_state) -- identity or MLP --> tokens (B, T_obs, D) -- flatten --> global_cond (B, T_obs * D)
 
-    Cameras, where the spec has some, are not looked at, which is said aloud.
+    Cameras and a goal image, where the spec has some, are not looked at, which is said aloud.
     """
 
     def __init__(self, config: StateConfig, *, spec: DataSpec, obs_horizon: int):
@@ -70,10 +70,8 @@ class StateEncoder(nn.Module):
                 f"encoder.name=state needs low-dimensional observations, the data has only {sorted(spec.fields)}; "
                 "use encoder.name=resnet for cameras"
             )
-        if spec.image_keys:
-            warnings.warn(
-                f"encoder.name=state does not look at {spec.image_keys}; drop them from data.keys", stacklevel=2
-            )
+        if pictures := (*spec.image_keys, *spec.goal_keys):
+            warnings.warn(f"encoder.name=state does not look at {pictures}; drop them from data.keys", stacklevel=2)
         self.spec = spec
         self.obs_horizon = obs_horizon
         if config.output_dim is None:

@@ -68,3 +68,10 @@ def test_cameras_that_are_not_looked_at_are_said_aloud():
     spec = DataSpec(fields={**SPEC.fields, **camera})
     with pytest.warns(UserWarning, match=r"encoder.name=state does not look at \('observation.images.top',\)"):
         StateEncoder(StateConfig(), spec=spec, obs_horizon=2)
+
+
+def test_a_goal_image_that_is_not_looked_at_is_said_aloud():
+    goal = {"goal.image": FieldSpec(shape=(96, 96, 3), dtype="uint8")}
+    spec = DataSpec(fields={**SPEC.fields, **goal})
+    with pytest.warns(UserWarning, match=r"encoder.name=state does not look at \('goal.image',\)"):
+        StateEncoder(StateConfig(), spec=spec, obs_horizon=2)
