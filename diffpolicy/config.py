@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from diffpolicy.denoisers import DENOISERS
 from diffpolicy.encoders import ENCODERS
@@ -235,6 +237,7 @@ def build_policy(config: Config, spec: DataSpec) -> DiffusionPolicy:
     denoiser = denoiser_class(
         config.denoiser.options, action_dim=spec.action_dim, pred_horizon=config.horizons.pred, cond=encoder.cond
     )
+    _say_unseen_tokens(config, denoiser)
     shapes = {key: spec.fields[key].shape for key in (*spec.state_keys, ACTION)}
     modes = {key: config.normalizer.action if key == ACTION else config.normalizer.observation for key in shapes}
     return POLICIES[config.policy](
@@ -247,6 +250,21 @@ def build_policy(config: Config, spec: DataSpec) -> DiffusionPolicy:
         sampler=config.sampler,
         guidance=config.guidance,
     )
+
+
+def _say_unseen_tokens(config: Config, denoiser: nn.Module) -> None:
+    """Warns where an encoder is asked for tokens that the denoiser does not look at; a loaded policy said it in training."""
+    options = config.encoder.options
+    if getattr(denoiser, "looks_at_tokens", True) or getattr(options, "architecture", None) is not None:
+        return
+    for name, got in getattr(options, "for_tokens", {}).items():
+        kind = getattr(config.denoiser.options, "fusion", "")
+        chosen = f"denoiser.name={config.denoiser.name}" + (f" with denoiser.fusion={kind}" if kind else "")
+        warnings.warn(
+            f"encoder.{name}={got} is seen as pooled: {chosen} takes one vector and looks at no tokens; dit with "
+            "denoiser.fusion=cross_attention, unified or readout does, and so does transformer",
+            stacklevel=3,
+        )
 
 
 def shipped_conf() -> Path:

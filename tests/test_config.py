@@ -1,6 +1,7 @@
 """The config tree: every shipped file builds, every slip is named with its place and the nearest right word."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -331,3 +332,38 @@ def test_schedule_table_travels_in_the_config_and_needs_its_file_no_more(tmp_pat
     file.unlink()
     again = config_from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config and again.process.options.table == ((0.0, 1.0), (1.0, 0.001))
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "encoder", "said"),
+    [
+        (
+            "{name: mlp}",
+            "{text: tokens}",
+            ["encoder.text=tokens is seen as pooled: denoiser.name=mlp takes one vector"],
+        ),
+        ("{name: unet}", "{text: pooled}", []),
+        (
+            "{name: dit, fusion: adaln}",
+            "{text: tokens}",
+            ["denoiser.name=dit with denoiser.fusion=adaln takes one vector"],
+        ),
+        ("{name: dit, fusion: readout}", "{text: tokens}", []),
+        ("{name: transformer}", "{text: tokens}", []),
+    ],
+)
+def test_tokens_that_no_denoiser_looks_at_are_said_aloud(tmp_path, denoiser, encoder, said):
+    yaml = tmp_path / "words.yaml"
+    yaml.write_text(f"encoder: {encoder}\ndenoiser: {denoiser}\n")
+    config = load_config([find_yaml("conf/task/pusht_language.yaml"), yaml])
+    fields = {
+        "observation.state": FieldSpec(shape=(2,), dtype="float32"),
+        "action": FieldSpec(shape=(2,), dtype="float32"),
+    }
+    with torch.device("meta"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build_policy(config, DataSpec(fields=fields))
+    heard = [str(w.message) for w in caught if "tokens" in str(w.message)]
+    assert len(heard) == len(said)
+    for got, wanted in zip(heard, said, strict=True):
+        assert wanted in got

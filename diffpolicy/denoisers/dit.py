@@ -137,6 +137,7 @@ class Dit(nn.Module):
                 "choose an encoder with tokens (encoder.name=clip with encoder.image=patch_tokens gives patches of each "
                 "camera) or denoiser.fusion=adaln"
             )
+        self.looks_at_tokens = fusion in TOKEN_FUSIONS
         self.action_dim, self.pred_horizon = action_dim, pred_horizon
         self.embed_dim, width = config.embed_dim, config.width
         choices = {"qk_norm": config.qk_norm, "dropout": config.dropout}

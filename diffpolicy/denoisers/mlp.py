@@ -67,6 +67,8 @@ class MlpDenoiser(nn.Module):
     into a part of the condition, the same for all denoising steps of a chunk (`prepare`), and a part of (x_t, t).
     """
 
+    looks_at_tokens = False
+
     def __init__(self, config: MlpConfig, *, action_dim: int, pred_horizon: int, cond: ConditionSpec):
         super().__init__()
         self.action_dim = action_dim

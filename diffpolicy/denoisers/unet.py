@@ -138,6 +138,8 @@ class ConditionalUnet1d(nn.Module):
     the result is cropped; where it divides, this is the reference's network exactly.
     """
 
+    looks_at_tokens = False
+
     def __init__(self, config: UnetConfig, *, action_dim: int, pred_horizon: int, cond: ConditionSpec):
         super().__init__()
         self.action_dim = action_dim

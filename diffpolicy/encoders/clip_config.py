@@ -130,6 +130,12 @@ class ClipConfig:
     def wants_patches(self) -> bool:
         return self.image != "pooled"
 
+    @property
+    def for_tokens(self) -> dict[str, str]:
+        """Choices that differ from `pooled` in the tokens alone -> what they are."""
+        choices = {"image": self.image, "text": self.text}
+        return {name: got for name, got in choices.items() if got not in ("none", "pooled", "keypoints")}
+
     def ignored(self) -> dict[str, str]:
         """Settings that differ from their default although nothing here looks at them -> the setting that makes it so."""
         text_tuning = self.text_tuning or self.tuning
