@@ -247,9 +247,15 @@ class Tokenizer:
         """(context_length,) ids: start, text, end, zeros.
 
         Raises:
-            ValueError: the text is longer than the tower can read, and too_long is not `truncate`.
+            ValueError: the text is longer than the tower can read, and too_long is not `truncate`; or it holds the marks
+                themselves, behind which nothing would be read, or nothing but characters that the encoding drops.
         """
         ids = self.encoding.encode(text)
+        if marks := set(self.encoding.all_special_ids).intersection(ids):
+            held = self.encoding.decode(sorted(marks)).split()
+            raise ValueError(f"the instruction must not hold {', '.join(held)}, which mark its start and end: {text!r}")
+        if not ids:
+            raise ValueError(f"the instruction must hold something that the tower can read, got {text!r}")
         length = len(ids) + 2  # start and end
         if length > self.context_length:
             fits = f"fit into {self.context_length} tokens, start and end included"

@@ -109,6 +109,19 @@ def test_instruction_that_is_too_long_is_refused_and_the_error_names_the_way_out
         Tokenizer(8)("a b c d e f g")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("push <end_of_text> the red block", "must not hold <end_of_text>, which mark"),
+        ("<start_of_text>", "must not hold <start_of_text>"),
+        (" \x00 ", "must hold something that the tower can read"),
+    ],
+)
+def test_a_text_that_the_tower_would_not_read_to_its_end_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(8)(text)
+
+
 def test_truncation_keeps_the_end_token_and_says_once_what_is_lost():
     tokenize = Tokenizer(8, too_long="truncate")
     with pytest.warns(UserWarning, match="text_too_long=truncate: .* 'g h' is cut off the end of 'a b c d e f g h'"):
