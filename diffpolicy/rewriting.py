@@ -66,8 +66,14 @@ def convert(
         task: the instruction of all episodes that have none.
     Raises:
         FileExistsError: something lies at `dst`.
-        ValueError: the source cannot be read, or a role names no key of it.
+        ValueError: the source cannot be read, a role names no key of it, or an instruction that is blank or not UTF-8.
     """
+    if task and not task.strip():
+        raise ValueError(f"an instruction must say something, got {task!r}")
+    try:
+        task.encode()
+    except UnicodeEncodeError as error:  # an argument that the shell did not hand over as UTF-8
+        raise ValueError(f"an instruction must be UTF-8 text, got {task!r}") from error
     source = ReplayBuffer.open(src)
     if not source.num_episodes:
         raise ValueError(f"{src} holds no finished episodes, so there is nothing to convert")

@@ -149,6 +149,15 @@ def test_convert_keeps_pictures_between_0_and_1_and_nan_as_they_are(tmp_path):
     assert buffer.read("action").tobytes() == action.tobytes()
 
 
+@pytest.mark.parametrize(
+    ("task", "message"), [(" ", "must say something, got ' '"), ("push \udcff", "must be UTF-8 text")]
+)
+def test_convert_refuses_an_instruction_that_says_nothing_clear(tmp_path, task, message):
+    with pytest.raises(ValueError, match=message):
+        convert(make_v2_store(tmp_path / "old.zarr"), tmp_path / "new.zarr", task=task)
+    assert not (tmp_path / "new.zarr").exists()
+
+
 def test_convert_refuses_to_overwrite_and_unknown_roles(tmp_path):
     src = make_v2_store(tmp_path / "a.zarr")
     with pytest.raises(FileExistsError, match="exists already"):
