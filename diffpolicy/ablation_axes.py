@@ -52,7 +52,9 @@ def guided_parts(result: AblationResult, axis: str) -> tuple[str, ...]:
     """Parts whose weight differs between cells that are equal but for this axis."""
     lines = _grouped(result, axis).values()
     parts = dict.fromkeys(part for cell in result.cells for part in cell.guidance)
-    return tuple(part for part in parts if any(len({cell.guidance.get(part, 1.0) for cell in line}) > 1 for line in lines))
+    return tuple(
+        part for part in parts if any(len({cell.guidance.get(part, 1.0) for cell in line}) > 1 for line in lines)
+    )
 
 
 def guided_lines(result: AblationResult, summaries: tuple[CellSummary, ...], axis: str) -> dict[str, list[CellSummary]]:

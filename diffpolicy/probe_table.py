@@ -281,8 +281,8 @@ def explanation(probes: Probes) -> list[str]:
     share = share_following(probes)
     if share:
         lines.append(
-            f"Of all {share['trials']} episodes of asked and swapped that reached a goal, {share['count']} ({_rate(share)}) reached the named one "
-            "and no other. A policy that does the same whatever is said has at most 50 %."
+            f"Of all {share['trials']} episodes of asked and swapped that reached a goal, {share['count']} "
+            f"({_rate(share)}) reached the named one and no other. A policy that does the same whatever is said has at most 50 %."
             if share["trials"]
             else "No episode of asked and swapped reached any goal, so nothing can be said about following."
         )
