@@ -176,7 +176,10 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Diffusi
     wanted = policy.state_dict()
     missing, surplus = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing or surplus:
-        raise ValueError(f"{folder / WEIGHTS} does not fit its config: missing {missing[:3]}, unexpected {surplus[:3]}")
+        raise ValueError(
+            f"{folder / WEIGHTS} does not fit its config: missing {missing[:3]}, unexpected {surplus[:3]}; if nobody edited it, "
+            "another version of diffpolicy wrote it: load it with that one, or train anew"
+        )
     for name, value in weights.items():
         if value.shape != wanted[name].shape:
             raise ValueError(

@@ -159,7 +159,10 @@ DAMAGE = {
         lambda s: edit_config(s, denoiser={"name": "mlp", "width": 32, "depth": 1, "embed_dim": 8}),
         r"has shape \(.*\), the config says \(",
     ),
-    "weights of another network": (lambda s: edit_config(s, denoiser={"name": "unet"}), "does not fit its config"),
+    "weights of another network": (
+        lambda s: edit_config(s, denoiser={"name": "unet"}),
+        "does not fit its config: missing .* another version of diffpolicy wrote it",
+    ),
     "statistics missing": (drop_statistics, r"statistics are missing for \['action'\]"),
     "description missing": (lambda s: (s / "config.json").unlink(), "incomplete: config.json is missing"),
     "description cut": (lambda s: cut(s / "config.json", 0.5), "config.json is damaged"),
