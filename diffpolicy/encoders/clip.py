@@ -383,4 +383,4 @@ def check_tasks(tasks: object, batch_size: int, *, may_be_empty: bool = False) -
 
 def tower_name(key: str) -> str:
     """What the tower of a camera, or of the goal image, is called where each has its own: state-dict names hold no dots."""
-    return "goal_image" if key == GOAL_IMAGE else key.removeprefix(IMAGES).replace(".", "_")
+    return "goal/image" if key == GOAL_IMAGE else key.removeprefix(IMAGES).replace(".", "/")

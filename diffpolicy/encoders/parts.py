@@ -190,8 +190,8 @@ class PartsToCondition(nn.Module):
 
 
 def _attribute(name: str) -> str:
-    """A part's name as one of a parameter, which may hold no dot."""
-    return "camera_" + name.removeprefix(IMAGES).replace(".", "_") if name.startswith(IMAGES) else name
+    """A part's name as one of a parameter, which may hold no dot; `a.b` and `a_b` stay two cameras."""
+    return "camera_" + name.removeprefix(IMAGES).replace(".", "/") if name.startswith(IMAGES) else name
 
 
 def _projection(part: Part) -> str:

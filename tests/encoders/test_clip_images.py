@@ -165,7 +165,7 @@ def test_own_towers_begin_alike_and_learn_apart():
     spec = make_spec(TOP, WRIST, GOAL_IMAGE)
     encoder = build(spec, share_towers=False)
     names = {name.split(".")[1] for name in encoder.state_dict() if name.startswith("image_towers.")}
-    assert names == {"top", "wrist", "goal_image"}
+    assert names == {"top", "wrist", "goal/image"}
     assert not any(name.startswith("image_tower.") for name in encoder.state_dict())
     top, wrist = encoder.image_towers["top"], encoder.image_towers["wrist"]
     for (name, p), q in zip(top.named_parameters(), wrist.parameters(), strict=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.encoders.test_clip import GOAL, NO_CAMERA, ONE, STATE, TOP, TWO, WRIST, build, observation
+from tests.encoders.test_clip import GOAL, NO_CAMERA, ONE, STATE, TOP, TWO, WRIST, build, make_spec, observation
 
 ALL = {"task_dropout": 0.5, "state_dropout": 0.5, "camera_dropout": 0.5, "goal_dropout": 0.5}
 KEYS = {"state": STATE, TOP: TOP, WRIST: WRIST, "goal": "goal.image", "task": "task"}
@@ -153,3 +153,15 @@ def test_goal_image_alone_tells_what_to_do():
     assert same.tolist() == [[True] * 4 + [False]] * 3
     with pytest.raises(ValueError, match=r"goal.image must be \(B, T_obs=1, 48, 48, 3\)"):
         encoder(obs | {"goal.image": obs["goal.image"].repeat(1, 2, 1, 1, 1)})
+
+
+def test_cameras_whose_names_differ_in_a_dot_only_keep_their_own_nulls_and_towers():
+    spec = make_spec(**{"a.b": (40, 40), "a_b": (40, 40)})
+    encoder = build(spec, camera_dropout=0.2, share_towers=False)
+    assert len(encoder.assemble.null_vectors) == 2 and len(encoder.image_towers) == 2
+    obs = observation(spec)
+    first, second = (numbers(encoder(obs, drop=[key])) for key in spec.image_keys)
+    assert not torch.equal(first, second)
+    twin = build(spec, camera_dropout=0.2, share_towers=False)
+    twin.load_state_dict(encoder.state_dict())
+    assert torch.equal(numbers(twin(obs)), numbers(encoder(obs)))
