@@ -11,9 +11,12 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import logging
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -94,7 +97,8 @@ def reference_config(model: str) -> dict:
             raise ValueError(f"encoder.model={model!r} must name a folder with {CONFIG_FILE}; {file} is missing")
     else:
         try:
-            file = Path(download_pretrained_from_hf(model.removeprefix(HUB), filename=CONFIG_FILE))
+            with only_our_line():
+                file = Path(download_pretrained_from_hf(model.removeprefix(HUB), filename=CONFIG_FILE))
         except (
             Exception
         ) as error:  # no network, no such repository, no right to it: the client's errors have no common base
@@ -230,16 +234,17 @@ def load_model(model: str, pretrained: str | None, *, image_size: int | None) ->
     import open_clip
 
     try:
-        return open_clip.create_model(
-            model,
-            pretrained=pretrained,
-            require_pretrained=True,
-            force_custom_text=True,
-            force_patch_dropout=0.0,
-            force_image_size=image_size,
-            pretrained_text=False,
-            weights_only=True,
-        )
+        with only_our_line():
+            return open_clip.create_model(
+                model,
+                pretrained=pretrained,
+                require_pretrained=True,
+                force_custom_text=True,
+                force_patch_dropout=0.0,
+                force_image_size=image_size,
+                pretrained_text=False,
+                weights_only=True,
+            )
     except (
         Exception
     ) as error:  # open_clip wraps all it meets in RuntimeError; pickle's and safetensors' own come through
@@ -247,6 +252,18 @@ def load_model(model: str, pretrained: str | None, *, image_size: int | None) ->
         if model.startswith(FOLDER) or (pretrained is not None and Path(pretrained).is_file()):
             raise ValueError(f"{what} does not hold weights that fit {model!r}: {first_line(error)}") from error
         raise unreachable(what, error) from error
+
+
+@contextmanager
+def only_our_line() -> Iterator[None]:
+    """Meanwhile the hub's client does not print each of its retries: what went wrong in the end is in our error."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def unreachable(what: str, error: Exception) -> ValueError:

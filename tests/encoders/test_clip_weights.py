@@ -1,6 +1,7 @@
 """What is known of a file of weights before it is read: its activation, how its pictures were prepared, whether it runs code."""
 
 import json
+import logging
 import warnings
 
 import open_clip
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from diffpolicy.encoders import clip_weights
 from diffpolicy.encoders.clip_towers import build_towers, embed_image
 from diffpolicy.encoders.clip_weights import check_pretrained, known_models, look_up, open_clip_tags, twin_of
 
@@ -147,3 +149,14 @@ def test_grid_of_any_whole_number_of_patches_works(smooth_weights, size):
 def test_size_that_is_no_whole_number_of_patches_is_refused():
     with pytest.raises(ValueError, match=r"image_size must be a multiple of 8, .* got 70; take 72"):
         look_up("diffpolicy-tiny", None, image_size=70)
+
+
+def test_retries_of_the_hub_are_not_printed_and_its_logger_is_left_as_it_was(caplog):
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    with caplog.at_level(logging.WARNING), clip_weights.only_our_line():
+        logger.getChild("utils._http").warning("Retrying in 1s")
+    assert caplog.text == "" and logger.level == before
+    with pytest.raises(KeyError), clip_weights.only_our_line():
+        raise KeyError
+    assert logger.level == before
