@@ -151,7 +151,9 @@ def test_merge_takes_the_sentences_of_an_environment_by_the_names_of_its_goals(t
     buffer = ReplayBuffer.open(tmp_path / "b.zarr")
     for i, words in enumerate([CENTRE] * 4 + [LOWER_RIGHT] * 4):
         assert buffer.episode_task(i) in words.seen
-    with pytest.raises(ValueError, match=r"with --wordings pusht_language an --instruction must be one of .*Did you mean"):
+    with pytest.raises(
+        ValueError, match=r"with --wordings pusht_language an --instruction must be one of .*Did you mean"
+    ):
         run("merge", store, "--out", tmp_path / "c.zarr", "--wordings", "pusht_language", "--instruction", "the centre")
     with pytest.raises(ValueError, match=r"--wordings must be one of .*got 'pusht'.*Did you mean 'pusht_language'"):
         run("merge", store, "--out", tmp_path / "c.zarr", "--wordings", "pusht", "--instruction", "x")

@@ -26,10 +26,10 @@ class ClipConfig:
     pretrained: str | None = None
     """A tag of open_clip (fetched when training starts) or a file of weights; None: random, or those of the repository."""
     image: str = "pooled"
-    """`pooled`: one vector per frame and camera; `keypoints`: and in it the places of num_keypoints learned things, which a tower
-    without weights learns many times faster. Else the pooled vector and tokens: `patch_tokens`, the last layer's patches; `all_layers`, for
-    each patch what all layers say of it, side by side; `attention_pool` and `perceiver`, num_image_tokens that look at the
-    patches once, or in resampler_depth layers."""
+    """`pooled`: one vector per frame and camera; `keypoints`: and in it the places of num_keypoints learned things. Else the
+    pooled vector and tokens: `patch_tokens`, the last layer's patches; `all_layers`, for each patch what all layers say of it,
+    side by side; `attention_pool` and `perceiver`, num_image_tokens that look at the patches once, or in resampler_depth
+    layers."""
     image_layers: tuple[int, ...] | None = None
     """Blocks whose patches are looked at, 0 the first and -1 the last; None: all of them for all_layers, the last for
     attention_pool and perceiver."""

@@ -101,8 +101,7 @@ class Keypoints(nn.Module):
     """Where in the picture each of K learned things is: the mean place of the patches under a softmax map.
 
     Spatial softmax of Levine et al. 2016, arXiv:1504.00702, section 5.1, over a ViT's patches in place of a convolution's
-    pixels. A place is read off directly, where pooling has to learn how positions are written; from nothing that takes a
-    fraction of the steps.
+    pixels. A place is read off directly, where pooling has to learn how positions are written.
     """
 
     def __init__(self, in_dim: int, *, num_patches: int, num_keypoints: int):
